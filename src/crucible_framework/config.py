@@ -1,0 +1,164 @@
+"""TOML, keyword arguments and `--set a.b=v` to frozen records, checked once at the door; fingerprints; and the one reader of the environment.
+
+Unknown keys are errors that name the nearest key. pydantic converts types here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypeVar, cast, get_type_hints
+
+import orjson
+
+from .errors import ConfigError, CrucibleError
+from .records import Json, record
+
+__all__ = ["Places", "differing_keys", "fingerprint", "from_dict", "load_toml", "parse_overrides", "places", "to_dict"]
+
+T = TypeVar("T")
+
+
+@record
+class Places:
+    """Folders that the environment decides.
+
+    Attributes:
+        cache: base models and data sets (`CRUCIBLE_CACHE`, else the user's cache folder).
+        data: the user's own data folder (`CRUCIBLE_DATA`), if any.
+        runs: runs and the model registry (`CRUCIBLE_RUNS`, else `runs` in the working directory).
+        offline: no hub is asked (`HF_HUB_OFFLINE` or `CRUCIBLE_OFFLINE`).
+    """
+
+    cache: Path
+    data: Path | None
+    runs: Path
+    offline: bool
+
+
+def places() -> Places:
+    """Reads the environment now."""
+    env = os.environ
+    cache_home = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    data = env.get("CRUCIBLE_DATA")
+    return Places(
+        cache=Path(env.get("CRUCIBLE_CACHE") or cache_home / "crucible"),
+        data=Path(data) if data else None,
+        runs=Path(env.get("CRUCIBLE_RUNS") or "runs"),
+        offline=any(env.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE", "CRUCIBLE_OFFLINE")),
+    )
+
+
+def to_dict(value: object) -> Json:
+    """A record as plain JSON values, in field order."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return cast("Json", value)
+
+
+def _check_keys(cls: type, data: Mapping[str, object], prefix: str) -> None:
+    names = {f.name for f in dataclasses.fields(cls)}
+    hints = get_type_hints(cls)
+    for key, value in data.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f" Did you mean {prefix + near[0]!r}?" if near else ""
+            raise ConfigError(f"Unknown key {prefix + key!r}.{hint} Known: {', '.join(sorted(prefix + n for n in names))}.")
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            _check_keys(cast("type", hints[key]), cast("Mapping[str, object]", value), f"{prefix}{key}.")
+
+
+def from_dict(cls: type[T], data: Mapping[str, object]) -> T:
+    """A record from plain values.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a value of the wrong type or out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_keys(cls, data, "")
+    try:
+        return TypeAdapter(cls).validate_python(dict(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = cast("dict[str, object]", first.get("ctx", {})).get("error")
+        if isinstance(cause, CrucibleError):
+            raise cause from None
+        key = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        raise ConfigError(f"{key!r} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
+
+
+def parse_overrides(items: Iterable[str]) -> dict[str, object]:
+    """`["lora.rank=8", "loss=kl"]` to nested values; the right side is TOML where it parses, else a string.
+
+    Raises:
+        ConfigError: an item has no "=".
+    """
+    tree: dict[str, object] = {}
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"--set {item!r} has no value; expected key=value, for example lora.rank=8.")
+        try:
+            value: object = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        *parents, leaf = path.strip().split(".")
+        node = tree
+        for parent in parents:
+            node = cast("dict[str, object]", node.setdefault(parent, {}))
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {item!r}: {parent!r} was set to a value before; expected a table.")
+        node[leaf] = value
+    return tree
+
+
+def merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+    """Nested update: tables are merged, other values replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def load_toml(path: Path) -> dict[str, object]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: no such file, or not TOML (with the line).
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no configuration file {str(path)!r}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+
+
+def fingerprint(value: object) -> str:
+    """The hex sha256 of a record's canonical JSON: equal settings, equal fingerprint."""
+    return hashlib.sha256(orjson.dumps(to_dict(value), option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def differing_keys(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str = "") -> tuple[str, ...]:
+    """Dotted keys whose values differ between two plain trees, sorted."""
+    found: list[str] = []
+    for key in old.keys() | new.keys():
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(prefix + key)
+    return tuple(sorted(found))

@@ -1,0 +1,183 @@
+"""Every contract that others may implement, without bodies.
+
+Each has a suite in `crucible_framework.testing` that an implementation joins by overriding one fixture. Sync code calls `.result()` on
+a Future; asyncio code awaits `asyncio.wrap_future(future)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
+
+from .records import (
+    AdamConfig,
+    Batch,
+    Capabilities,
+    Checkpoint,
+    Completion,
+    Datum,
+    Example,
+    LoraConfig,
+    OptimOutput,
+    Prompt,
+    SamplingParams,
+    Score,
+    StepOutput,
+    record,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "Backend",
+    "Clock",
+    "GradientHook",
+    "Gradients",
+    "Loss",
+    "LossFn",
+    "Report",
+    "Sampler",
+    "Schedule",
+    "Scorer",
+    "Tokenizer",
+    "TrainingSession",
+]
+
+LossFn: TypeAlias = "Callable[[Sequence[Datum], Sequence[Tensor]], tuple[Tensor, dict[str, float]]]"
+"""The `tinker` SDK's own custom-loss signature: (data, log-probs per datum) → (summed scalar loss, metrics).
+
+Log-probs are float32 of the shape of each datum's targets; the loss sums over weighted tokens and never divides by the batch.
+"""
+Gradients: TypeAlias = "Mapping[str, Tensor]"
+Report: TypeAlias = Callable[[str, float], None]
+GradientHook: TypeAlias = "Callable[[Gradients, Report], Gradients]"
+"""Runs between backward and step: (gradient per parameter name, report(name, value)) → gradients to use."""
+Scorer: TypeAlias = Callable[[Example, Completion], Score]
+Schedule: TypeAlias = Callable[[int, int], float]
+"""(step from 0, steps in all) → factor in [0, 1] for the learning rate."""
+
+
+@record
+class Loss:
+    """A loss function with what it cannot say of itself.
+
+    Attributes:
+        fn: sums over weighted tokens; its gradient with respect to the log-probs is all that a backend needs.
+        source: paper or definition.
+        needs: "logprobs" of the targets, or full "logits" (then the second argument holds [T, V] logits; local backends only).
+        extras: names that every datum's `extras` must hold.
+        native: the Tinker service's name of the same loss, where it has one.
+    """
+
+    name: str
+    fn: LossFn
+    source: str
+    needs: Literal["logprobs", "logits"] = "logprobs"
+    extras: tuple[str, ...] = ()
+    native: str | None = None
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back, for one base model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion (end of text and end of turn)."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source, or None where the model knows no chat."""
+        ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """`bos_token`, `eos_token`, … for the template."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, special tokens in it recognised, none added."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        ...
+
+
+class Sampler(Protocol):
+    """A frozen view of a model that answers prompts; wrappers (hedge, route, ensemble) are Samplers too."""
+
+    @property
+    def model(self) -> str: ...
+    def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]: ...
+    def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
+        """log p of each token of `completion` after `prompt` at temperature 1, in nats."""
+        ...
+
+
+class TrainingSession(Protocol):
+    """An adapter being trained. Requests run in the order in which they were submitted; submit-ahead is free."""
+
+    def forward_backward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
+        """Adds the gradient of the summed loss to what has accumulated since the last step.
+
+        Raises (from the future) NumericError where the loss or a gradient is not finite; the next `optim_step` then fails too and
+        clears what had accumulated, so that a step submitted ahead never uses half a gradient.
+        """
+        ...
+
+    def forward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
+        """The same numbers without dropout and without touching gradients."""
+        ...
+
+    def optim_step(self, adam: AdamConfig, hook: GradientHook | None = None) -> Future[OptimOutput]:
+        """Steps with the accumulated (summed, not averaged) gradient, then clears it. Whoever makes the batches scales the weights."""
+        ...
+
+    def save(self, name: str, kind: Literal["state", "sampler"] = "state") -> Future[Checkpoint]: ...
+    def sampler(self) -> Sampler:
+        """A snapshot of the weights as they stand after the requests submitted so far; later steps do not change it."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """An ordered queue with one engine."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    def train(self, base_model: str, lora: LoraConfig) -> TrainingSession: ...
+    def resume(self, checkpoint: Checkpoint) -> TrainingSession:
+        """Continues bit-exactly: weights, optimizer, generator and step."""
+        ...
+
+    def sampler(self, model: str | Checkpoint) -> Sampler: ...
+    def tokenizer(self, base_model: str) -> Tokenizer: ...
+    def download(self, checkpoint: Checkpoint, to: Path) -> Checkpoint:
+        """Writes the checkpoint's files (PEFT format, optimizer and generator state beside it) into the folder `to`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Time that tests can replace."""
+
+    def now(self) -> float:
+        """Seconds, monotonic."""
+        ...
+
+    def call_later(self, delay_s: float, fn: Callable[[], None]) -> Callable[[], None]:
+        """Calls `fn` once after `delay_s`; returns a function that cancels it."""
+        ...
