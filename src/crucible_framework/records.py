@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, TypeVar, dataclass_transform, overload
 
 import numpy as np
@@ -50,7 +49,6 @@ __all__ = [
 T = TypeVar("T")
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 Split = Literal["train", "dev", "test"]
-EMPTY: Mapping[str, Json] = MappingProxyType({})
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(field,))
@@ -92,7 +90,7 @@ class Example:
     id: str
     prompt: str | tuple[Message, ...]
     target: str
-    meta: Mapping[str, Json] = EMPTY
+    meta: Mapping[str, Json] = field(default_factory=dict)
 
 
 @record
@@ -158,7 +156,7 @@ class Datum:
     tokens: NDArray[np.int32]
     targets: NDArray[np.int64]
     weights: NDArray[np.float32]
-    extras: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+    extras: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or not len(self.tokens):
@@ -376,7 +374,7 @@ class Checkpoint:
     local_path: Path | None = None
     size_bytes: int = 0
     created_at: float = 0.0
-    metrics: Mapping[str, float] = MappingProxyType({})
+    metrics: Mapping[str, float] = field(default_factory=dict)
     pinned: bool = False
 
 
