@@ -35,7 +35,7 @@ class SystemClock:
             number = next(self._ids)
             heapq.heappush(self._heap, (self.now() + max(0.0, delay_s), number, fn))
             self._pending.add(number)
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # a forked child has the object but not the thread
                 self._thread = threading.Thread(target=self._run, name="crucible-clock", daemon=True)
                 self._thread.start()
             self._wake.notify()
@@ -59,14 +59,14 @@ class SystemClock:
                     _, number, fn = heapq.heappop(self._heap)
                     self._pending.discard(number)
                     return fn
-                self._wake.wait(wait_s)
+                self._wake.wait(None if wait_s is None else min(wait_s, threading.TIMEOUT_MAX))
 
     def _run(self) -> None:
         while True:
             fn = self._next()
             try:
                 fn()
-            except Exception:
+            except BaseException:  # SystemExit too: it would end every timer of the process
                 _log.exception("a timer callback failed")
 
 

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast, get_type_hints
 
@@ -19,7 +19,7 @@ import orjson
 from .errors import ConfigError, CrucibleError
 from .records import Json, record
 
-__all__ = ["Places", "differing_keys", "fingerprint", "from_dict", "load_toml", "parse_overrides", "places", "to_dict"]
+__all__ = ["Places", "differing_keys", "fingerprint", "from_dict", "load_toml", "merge", "parse_overrides", "places", "to_dict"]
 
 T = TypeVar("T")
 
@@ -79,6 +79,17 @@ def _check_keys(cls: type, data: Mapping[str, object], prefix: str) -> None:
             _check_keys(cast("type", hints[key]), cast("Mapping[str, object]", value), f"{prefix}{key}.")
 
 
+def _key(cls: object, loc: Sequence[str | int]) -> str:
+    """The dotted key of an error: record fields only, without the names of union members that pydantic appends."""
+    parts: list[str] = []
+    for part in loc:
+        if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+            break
+        parts.append(str(part))
+        cls = get_type_hints(cls).get(str(part))
+    return ".".join(parts)
+
+
 def from_dict(cls: type[T], data: Mapping[str, object]) -> T:
     """A record from plain values.
 
@@ -95,7 +106,9 @@ def from_dict(cls: type[T], data: Mapping[str, object]) -> T:
         cause = cast("dict[str, object]", first.get("ctx", {})).get("error")
         if isinstance(cause, CrucibleError):
             raise cause from None
-        key = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        key = _key(cls, first["loc"]) or cls.__name__
+        if first["type"] == "missing":
+            raise ConfigError(f"{key!r} is missing; {cls.__name__} needs it.") from None
         raise ConfigError(f"{key!r} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
 
 
@@ -143,13 +156,24 @@ def load_toml(path: Path) -> dict[str, object]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"There is no configuration file {str(path)!r}.") from error
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration file {str(path)!r}: {error.strerror or error}. Expected a readable TOML file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from error
 
 
+def _canonical(value: Json) -> Json:
+    """Equal numbers in one form: 32.0 as 32, below 2^53, where the change loses nothing."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
 def fingerprint(value: object) -> str:
     """The hex sha256 of a record's canonical JSON: equal settings, equal fingerprint."""
-    return hashlib.sha256(orjson.dumps(to_dict(value), option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return hashlib.sha256(orjson.dumps(_canonical(to_dict(value)), option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def differing_keys(old: Mapping[str, Json], new: Mapping[str, Json], prefix: str = "") -> tuple[str, ...]:

@@ -76,14 +76,14 @@ class UnknownNameError(ConfigError, LookupError):
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], fix: str = "") -> None:
-        self.kind, self.name, self.known = kind, name, tuple(sorted(known))
+        self.kind, self.name, self.known, self.fix = kind, name, tuple(sorted(known)), fix
         near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
         listing = f" Known: {', '.join(self.known)}." if self.known else ""
         super().__init__(f"No {kind} is called {name!r}.{hint}{listing}{' ' + fix if fix else ''}")
 
-    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, tuple[str, ...]]]:
-        return type(self), (self.kind, self.name, self.known)
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, tuple[str, ...], str]]:
+        return type(self), (self.kind, self.name, self.known, self.fix)
 
 
 class DataError(CrucibleError, ValueError):

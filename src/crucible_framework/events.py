@@ -24,7 +24,7 @@ Event: TypeAlias = Mapping[str, Json]
 Sink: TypeAlias = Callable[[Event], None]
 
 _log = logging.getLogger("crucible_framework")
-_sinks: list[Sink] = []
+_sinks: list[tuple[Sink]] = []
 _lock = threading.Lock()
 _run: contextvars.ContextVar[str] = contextvars.ContextVar("crucible_run", default="")
 _span: contextvars.ContextVar[str] = contextvars.ContextVar("crucible_span", default="")
@@ -34,13 +34,14 @@ _ids = itertools.count(1)
 def subscribe(sink: Sink) -> Callable[[], None]:
     """Every event from now on goes to `sink`; returns a function that ends it."""
     global _sinks
+    entry = (sink,)  # its own identity, so that a sink subscribed twice is ended once at a time
     with _lock:
-        _sinks = [*_sinks, sink]
+        _sinks = [*_sinks, entry]
 
     def end() -> None:
         global _sinks
         with _lock:
-            _sinks = [s for s in _sinks if s is not sink]
+            _sinks = [e for e in _sinks if e is not entry]
 
     return end
 
@@ -62,7 +63,7 @@ def to_logging(level: int = logging.INFO) -> Callable[[], None]:
 
 
 def _send(event: Event) -> None:
-    for sink in _sinks:
+    for (sink,) in _sinks:
         try:
             sink(event)
         except Exception:

@@ -5,6 +5,7 @@ Knows nothing of what it finds; each folder owns a `Registry` with its table.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -18,18 +19,20 @@ T = TypeVar("T")
 
 
 def load_attribute(path: str) -> object:
-    """Imports "package.module:attribute".
+    """Imports "package.module:attribute"; the attribute may be dotted ("package.module:Class.method").
 
     Raises:
-        ConfigError: the module or the attribute is not there.
+        ConfigError: it has another form, or the module or the attribute is not there.
     """
     module_name, _, attribute = path.partition(":")
+    if not attribute or not module_name or module_name.startswith("."):
+        raise ConfigError(f"{path!r} names no component; expected 'module:attribute', for example 'my_package.losses:focal'.")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{path!r} cannot be imported: {error}. Expected 'module:attribute' with the module on the Python path.") from error
     try:
-        return cast("object", getattr(module, attribute))
+        return cast("object", functools.reduce(getattr, attribute.split("."), module))
     except AttributeError as error:
         raise ConfigError(f"{path!r} names no attribute: module {module_name!r} has no {attribute!r}.") from error
 
@@ -86,7 +89,7 @@ class Registry(Generic[T]):
         if path is None:
             path = next((point.value for point in entry_points(group=self.group) if point.name == name), None)
         if path is None and ":" in name:
-            path = name
+            return cast("T", load_attribute(name))
         if path is None:
             raise UnknownNameError(self.kind, name, self.names(), fix="Your own: 'module:attribute'.")
         component = cast("T", load_attribute(path))

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar, dataclass_transform, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, UnknownNameError
 
 __all__ = [
     "AdamConfig",
@@ -65,6 +65,10 @@ def _check(owner: object, name: str, ok: bool, expected: str, fix: str = "") -> 
 
 def _finite(value: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -205,7 +209,7 @@ class LoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "rank", isinstance(self.rank, int) and self.rank >= 1, "a whole number of at least 1", "Typical: 8 to 64.")
+        _check(self, "rank", _whole(self.rank, 1), "a whole number of at least 1", "Typical: 8 to 64.")
         _check(self, "alpha", _finite(self.alpha) and self.alpha > 0, "a positive number", "Typical: 2 × rank.")
         _check(self, "dropout", _finite(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
         _check(
@@ -215,6 +219,7 @@ class LoraConfig:
             "a tuple of at least one layer name",
             "For all linear layers: ('all-linear',).",
         )
+        _check(self, "seed", _whole(self.seed, 0), "a whole number of at least 0")
 
 
 @record
@@ -237,7 +242,7 @@ class AdamConfig:
             _check(self, name, _finite(getattr(self, name)) and 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         _check(self, "eps", _finite(self.eps) and self.eps > 0, "a positive number")
         _check(self, "weight_decay", _finite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0")
-        _check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "a positive number or none")
+        _check(self, "max_grad_norm", self.max_grad_norm is None or (_finite(self.max_grad_norm) and self.max_grad_norm > 0), "a positive number or none")
 
 
 @record
@@ -280,15 +285,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self, "base_model", bool(self.base_model), "a model's name or folder", "Offline default: 'smollm2-135m'.")
         for name in ("batch_size", "accumulate", "max_steps", "max_length", "keep"):
-            value = getattr(self, name)
-            _check(self, name, isinstance(value, int) and value >= 1, "a whole number of at least 1")
-        for name in ("warmup_steps", "checkpoint_interval", "eval_interval", "patience"):
-            value = getattr(self, name)
-            _check(self, name, isinstance(value, int) and value >= 0, "a whole number of at least 0")
-        _check(self, "epochs", self.epochs is None or self.epochs >= 1, "a whole number of at least 1, or none")
+            _check(self, name, _whole(getattr(self, name), 1), "a whole number of at least 1")
+        for name in ("warmup_steps", "checkpoint_interval", "eval_interval", "patience", "seed"):
+            _check(self, name, _whole(getattr(self, name), 0), "a whole number of at least 0")
+        _check(self, "epochs", self.epochs is None or _whole(self.epochs, 1), "a whole number of at least 1, or none")
         _check(self, "final_lr_ratio", _finite(self.final_lr_ratio) and 0 <= self.final_lr_ratio <= 1, "a number in [0, 1]")
         _check(self, "batching", self.batching in ("shuffle", "length", "pack"), "'shuffle', 'length' or 'pack'")
-        _check(self, "loss", bool(self.loss), "a loss name or weights over loss names")
+        finite = isinstance(self.loss, str) or all(_finite(weight) for weight in self.loss.values())
+        _check(self, "loss", bool(self.loss) and finite, "a loss name, or finite weights over loss names")
 
 
 @record
@@ -312,11 +316,12 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "max_tokens", isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number of at least 1")
+        _check(self, "max_tokens", _whole(self.max_tokens, 1), "a whole number of at least 1")
         _check(self, "temperature", _finite(self.temperature) and self.temperature >= 0, "a number of at least 0")
-        _check(self, "top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0 (0: all tokens)")
+        _check(self, "top_k", _whole(self.top_k, 0), "a whole number of at least 0 (0: all tokens)")
         _check(self, "top_p", _finite(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
         _check(self, "stop", isinstance(self.stop, tuple) and "" not in self.stop, "a tuple of non-empty strings or token ids")
+        _check(self, "seed", self.seed is None or _whole(self.seed, 0), "a whole number of at least 0, or none")
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -469,7 +474,7 @@ class Evaluation:
         for estimate in self.estimates:
             if estimate.name == name:
                 return estimate
-        raise KeyError(name)
+        raise UnknownNameError("estimate", name, (estimate.name for estimate in self.estimates))
 
 
 @record
