@@ -1,8 +1,1 @@
-"""Training: one loop, schedules, progress. Torch is never imported here; backends have the tensors."""
-
-from .environment import describe_environment
-from .schedules import learning_rate, schedules
-from .signals import received_signal
-from .trainer import Callback, Progress, Trainer
-
-__all__ = ["Callback", "Progress", "Trainer", "describe_environment", "learning_rate", "received_signal", "schedules"]
+"""training."""
