@@ -80,13 +80,14 @@ def _check_keys(cls: type, data: Mapping[str, object], prefix: str) -> None:
 
 
 def _key(cls: object, loc: Sequence[str | int]) -> str:
-    """The dotted key of an error: record fields only, without the names of union members that pydantic appends."""
+    """The dotted key of an error: fields and indices, without the names of union members that pydantic puts between them."""
     parts: list[str] = []
     for part in loc:
-        if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
-            break
-        parts.append(str(part))
-        cls = get_type_hints(cls).get(str(part))
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+            parts.append(str(part))
+            cls = get_type_hints(cls).get(str(part))
+        elif isinstance(part, int):
+            parts.append(str(part))
     return ".".join(parts)
 
 

@@ -2,18 +2,22 @@
 
 A published folder appears whole or not at all: its files are written into `.tmp-…` beside it and synced, `manifest.json` (name, size and
 sha256 of each file, and what the owner adds) is written last and synced, then the folder is renamed and its parent synced. Readers take
-a folder only when its manifest parses and the sizes fit; `verify` also compares every sha256. This file does not know what it stores.
+a folder only when its manifest is whole (it holds a sha256 of its own bytes) and the sizes fit; `verify` also compares every sha256.
+This file does not know what it stores.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -21,19 +25,24 @@ from typing import cast
 import orjson
 from filelock import FileLock, Timeout
 
-from .errors import CorruptError, LockedError, NotFoundError, StorageFullError, StoreError
+from .errors import CorruptError, CrucibleError, LockedError, NotFoundError, StorageFullError, StoreError
 from .records import FileCard, Json, record
 
 __all__ = [
     "FORMAT_VERSION",
+    "MANIFEST",
     "JsonLines",
     "Manifest",
+    "discard",
+    "held",
     "lock",
+    "move",
     "publish",
     "read_json",
     "read_lines",
     "read_manifest",
     "sha256_file",
+    "staged",
     "storage_errors",
     "sweep",
     "verify",
@@ -44,6 +53,9 @@ __all__ = [
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _TMP = ".tmp-"
+_NO_SUM = b"0" * 64
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NATIVE_ERRNO = re.compile(r"os error (\d+)\b")  # how libraries in Rust (safetensors, tokenizers) put an errno into their own exceptions
 
 
 @record
@@ -70,17 +82,23 @@ def storage_errors(path: Path, doing: str = "write") -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except CrucibleError:
+        raise
+    except Exception as error:
+        native = _NATIVE_ERRNO.search(str(error))
+        if not isinstance(error, OSError) and not native:
+            raise
+        code = error.errno if isinstance(error, OSError) else int(native[1]) if native else None
+        if code in _FULL:
             raise StorageFullError(f"Cannot {doing} {str(path)!r}: the disk or quota is full. Free some space and resume; what was saved is intact.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StoreError(f"Cannot {doing} {str(path)!r}: no permission. Choose another folder or change its permissions.") from error
-        raise StoreError(f"Cannot {doing} {str(path)!r}: {error.strerror or error}.") from error
+        raise StoreError(f"Cannot {doing} {str(path)!r}: {os.strerror(code) if code else error}.") from error
 
 
 def sha256_file(path: Path) -> str:
     """The hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
+    with storage_errors(path, "read"), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -92,20 +110,37 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file: readers see the old bytes or the new ones, also after a crash."""
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TMP}{path.name}-{uuid.uuid4().hex[:8]}")
-        try:
+@contextmanager
+def staged(folder: Path, chunks: Iterable[bytes]) -> Iterator[tuple[Path, str]]:
+    """Gives a synced temporary file in `folder` that holds the chunks, and their sha256; at the end of the block it is gone unless moved."""
+    temporary = folder / f"{_TMP}{uuid.uuid4().hex}"
+    digest = hashlib.sha256()
+    try:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
-                file.write(data)
+                for chunk in chunks:
+                    digest.update(chunk)
+                    file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield temporary, digest.hexdigest()
+    finally:
+        _remove(temporary)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a synced file, over an older one too, and waits until the name is on disk."""
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+        _sync(target.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file: readers see the old bytes or the new ones, also after a crash."""
+    with storage_errors(path), staged(path.parent, (data,)) as (temporary, _):
+        move(temporary, path)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -122,50 +157,75 @@ def read_json(path: Path) -> Json:
         CorruptError: it is no JSON.
     """
     try:
-        return cast("Json", orjson.loads(path.read_bytes()))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"There is no file {str(path)!r}.") from error
+        with storage_errors(path, "read"):
+            raw = path.read_bytes() if path.exists() else None
+        if raw is None:
+            raise NotFoundError(f"There is no file {str(path)!r}.")
+        return cast("Json", orjson.loads(raw))
     except orjson.JSONDecodeError as error:
         raise CorruptError(f"{str(path)!r} is not valid JSON: {error}.") from error
 
 
-def publish(final: Path, write: Callable[[Path], None], meta: Mapping[str, Json] | None = None) -> Manifest:
+def _manifest_bytes(folder: Path, meta: Mapping[str, Json]) -> bytes:
+    """Syncs every file and sub-folder, and lists the files; the sum covers all other bytes of the manifest itself."""
+    cards: list[dict[str, Json]] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or path.name == MANIFEST:
+            raise StoreError(f"{path.name!r} cannot be published: links and files called {MANIFEST!r} are not taken. Write plain files only.")
+        _sync(path)
+        if path.is_file():
+            cards.append({"name": path.relative_to(folder).as_posix(), "sha256": sha256_file(path), "size_bytes": path.stat().st_size})
+    body = {"checksum": _NO_SUM.decode(), "files": cards, "format_version": FORMAT_VERSION, "meta": dict(meta)}
+    raw = orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_SERIALIZE_NUMPY)
+    return raw.replace(_NO_SUM, hashlib.sha256(raw).hexdigest().encode(), 1)
+
+
+def publish(final: Path, write: Callable[[Path], object], meta: Mapping[str, Json] | None = None) -> Manifest:
     """Makes the folder `final` appear whole with what `write(temporary_folder)` puts into it.
 
     Args:
         final: the folder's path; it must not exist.
-        write: writes plain files (no links, no sub-folders needed) into the folder that it is given.
+        write: writes plain files (no links, none called manifest.json) into the folder that it is given.
         meta: put into the manifest.
 
     Raises:
         StoreError: `final` exists, or an I/O error; StorageFullError where there is no room. Nothing is left behind.
     """
-    if final.exists():
-        raise StoreError(f"{str(final)!r} exists already. Choose another name.")
+    with storage_errors(final):
+        if final.exists():
+            raise StoreError(f"{str(final)!r} exists already. Choose another name.")
     temporary = final.parent / f"{_TMP}{final.name}-{uuid.uuid4().hex[:8]}"
     try:
         with storage_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             write(temporary)
-            cards = []
-            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                _sync(path)
-                name = path.relative_to(temporary).as_posix()
-                cards.append(FileCard(name=name, sha256=sha256_file(path), size_bytes=path.stat().st_size))
-            body = {
-                "format_version": FORMAT_VERSION,
-                "files": [{"name": c.name, "size_bytes": c.size_bytes, "sha256": c.sha256} for c in cards],
-                "meta": dict(meta or {}),
-            }
-            write_atomic(temporary / MANIFEST, orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-            _sync(temporary)
+            raw = _manifest_bytes(temporary, meta or {})
+            write_atomic(temporary / MANIFEST, raw)  # syncs the folder, too
             temporary.rename(final)
-            _sync(final.parent)
+            try:
+                _sync(final.parent)
+            except OSError:
+                final.rename(temporary)  # not known to be on disk: whoever is told of a failure finds nothing
+                raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return read_manifest(final)
+    return _parsed_manifest(final / MANIFEST, raw)  # not read back: an error now would deny what is there
+
+
+def _parsed_manifest(path: Path, raw: bytes) -> Manifest:
+    try:
+        body = orjson.loads(raw)
+        checksum = str(body["checksum"])
+        if hashlib.sha256(raw.replace(checksum.encode(), _NO_SUM, 1)).hexdigest() != checksum:
+            raise CorruptError(f"{str(path)!r} does not match its own checksum: it changed after it was saved. Use an earlier checkpoint.")
+        if (version := int(body["format_version"])) > FORMAT_VERSION:  # after the sum: a damaged digit is no newer format
+            raise StoreError(f"{str(path)!r} has format version {version}; this Crucible reads up to {FORMAT_VERSION}. Upgrade crucible-framework.")
+        cards = tuple(FileCard(name=str(f["name"]), size_bytes=int(f["size_bytes"]), sha256=str(f["sha256"])) for f in body["files"])
+        return Manifest(files=cards, meta=dict(body["meta"]), sha256=hashlib.sha256(raw).hexdigest())
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"{str(path)!r} does not parse: {error!r}. Use an earlier checkpoint.") from error
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -176,28 +236,21 @@ def read_manifest(folder: Path) -> Manifest:
         CorruptError: the manifest does not parse, or a file is missing or of another size.
     """
     path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{str(folder)!r} holds no {MANIFEST}: nothing was published there.") from error
-    try:
-        body = orjson.loads(raw)
-        version = body["format_version"]
-        cards = tuple(FileCard(name=f["name"], size_bytes=int(f["size_bytes"]), sha256=f["sha256"]) for f in body["files"])
-        meta = dict(body["meta"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptError(f"{str(path)!r} does not parse: {error}. Use an earlier checkpoint.") from error
-    if version > FORMAT_VERSION:
-        raise StoreError(f"{str(path)!r} has format version {version}; this Crucible reads up to {FORMAT_VERSION}. Upgrade crucible-framework.")
-    for card in cards:
+    with storage_errors(path, "read"):
+        raw = path.read_bytes() if path.exists() else None
+    if raw is None:
+        raise NotFoundError(f"{str(folder)!r} holds no {MANIFEST}: nothing was published there.")
+    manifest = _parsed_manifest(path, raw)
+    for card in manifest.files:
         file = folder / card.name
         if card.name.startswith("/") or ".." in Path(card.name).parts:
             raise CorruptError(f"{str(path)!r} names {card.name!r}, which lies outside its folder.")
-        size = file.stat().st_size if file.is_file() else None
+        with storage_errors(file, "read"):
+            size = file.stat().st_size if file.is_file() else None
         if size != card.size_bytes:
             found = "missing" if size is None else f"{size} bytes"
             raise CorruptError(f"{str(file)!r} is {found}; its manifest says {card.size_bytes} bytes. Use an earlier checkpoint.")
-    return Manifest(files=cards, meta=meta, sha256=hashlib.sha256(raw).hexdigest())
+    return manifest
 
 
 def verify(folder: Path) -> Manifest:
@@ -216,78 +269,151 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def sweep(parent: Path) -> int:
     """Removes what crashed writers left behind in a folder that the caller has locked; returns how many entries."""
-    count = 0
-    for path in parent.glob(f"{_TMP}*") if parent.is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        count += 1
-    return count
+    entries = list(parent.glob(f"{_TMP}*")) if parent.is_dir() else []
+    for path in entries:
+        _remove(path)
+    return len(entries)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or published folder so that readers see all of it or nothing: it is renamed to `.tmp-…` first.
+
+    Raises:
+        StoreError: it cannot be renamed; it is still whole.
+    """
+    temporary = path.parent / f"{_TMP}{path.name}-{uuid.uuid4().hex[:8]}"
+    with storage_errors(path, "remove"):
+        path.rename(temporary)
+        _sync(path.parent)
+    _remove(temporary)
 
 
 @contextmanager
-def lock(path: Path, what: str = "folder") -> Iterator[None]:
-    """Holds a lock file for the block, across processes.
+def lock(path: Path, what: str = "folder", timeout_s: float = 0.0) -> Iterator[None]:
+    """Holds a lock file for the block, across processes and threads; the file stays, its lock ends with the process.
 
     Raises:
-        LockedError: another process (or another holder in this one) has it.
+        LockedError: another process (or another holder in this one) has it, and still had it after `timeout_s`.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(path, timeout=0)
+        held_lock = FileLock(path, timeout=timeout_s, thread_local=False)
         try:
-            held.acquire()
+            held_lock.acquire()
         except Timeout as error:
             raise LockedError(f"The {what} {str(path.parent)!r} is in use by another process. Wait for it to end, or choose another folder.") from error
     try:
         yield
     finally:
-        held.release()
+        held_lock.release()
+
+
+def held(path: Path) -> bool:
+    """Whether some process holds the lock file now. Takes it shared for a moment, so that readers do not disturb each other."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line; each append is one `write`, so a crash tears the last line at the most."""
+    """An append-only file of JSON objects, one a line; a crash tears the last line at the most, and the next opening mends it.
+
+    Threads may share it; processes may not (the owner of the folder's lock writes).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
+            try:
+                self._mend()
+            except OSError:
+                self._file.close()
+                raise
+
+    def _mend(self) -> None:
+        """Cuts a torn last line off, which never was a row; a row that lacks only its line end gets it."""
+        with self.path.open("rb") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            tail = b""
+            while end > 0 and b"\n" not in tail:
+                start = max(0, end - 65536)
+                file.seek(start)
+                tail = file.read(end - start) + tail
+                end = start
+        torn = tail[tail.rfind(b"\n") + 1 :]
+        if torn and _row(torn) is None:
+            os.ftruncate(self._file.fileno(), size - len(torn))
+        elif torn:
+            self._file.write(b"\n")
 
     def append(self, row: Mapping[str, Json], *, sync: bool = False) -> None:
-        """Adds a row; `sync` waits until it is on disk."""
-        with storage_errors(self.path):
-            self._file.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
-            if sync:
-                os.fsync(self._file.fileno())
+        """Adds a row, whole or not at all; `sync` waits until it is on disk."""
+        data = orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY)
+        with self._lock, storage_errors(self.path):
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                rest = data
+                while rest:  # a full disk takes a part of the bytes before it raises
+                    rest = rest[self._file.write(rest) :]
+                if sync:
+                    os.fsync(self._file.fileno())
+            except OSError:
+                os.ftruncate(self._file.fileno(), before)
+                raise
+
+    def sync(self) -> None:
+        """Waits until all rows are on disk."""
+        with self._lock, storage_errors(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file; a second call does nothing."""
-        with contextlib.suppress(ValueError):
+        with self._lock:
             self._file.close()
+
+
+def _row(line: bytes) -> dict[str, Json] | None:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def read_lines(path: Path) -> list[dict[str, Json]]:
     """The rows of a JSON-lines file; a torn last line is left out, a missing file is empty.
 
     Raises:
-        CorruptError: a line before the last does not parse; the message gives file:line.
+        CorruptError: a line before the last is no JSON object; the message gives file:line.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
+    with storage_errors(path, "read"):
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows: list[dict[str, Json]] = []
     for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise CorruptError(f"{path}:{number}: not valid JSON: {error}.") from error
-        rows.append(row)
+        row = _row(line) if line else None
+        if row is not None:
+            rows.append(row)
+        elif line and number < len(lines):
+            raise CorruptError(f"{path}:{number}: not a JSON object: {line[:60]!r}. Remove the line, or use an earlier copy of the file.")
     return rows

@@ -257,7 +257,8 @@ class TrainConfig:
         max_steps: optimizer steps; with `epochs`, whichever ends first.
         schedule: the learning rate after warm-up: constant, linear or cosine, down to `final_lr_ratio` × lr.
         max_length: tokens per example; the prompt's start is cut first, the completion never without being counted.
-        batching: "shuffle"; "length" groups examples of similar length; "pack" fills slices up to batch_size × max_length tokens.
+        batching: "shuffle"; "length" groups examples of similar length; "prefix" those that begin alike, whose common start the local
+            engine computes once; "pack" fills slices up to batch_size × max_length tokens.
         checkpoint_interval, eval_interval: in steps; 0 switches them off.
         patience: evaluations without improvement of the dev loss before stopping; 0 never stops early.
         keep: checkpoints kept besides the best and the pinned.
@@ -275,7 +276,7 @@ class TrainConfig:
     warmup_steps: int = 0
     final_lr_ratio: float = 0.0
     max_length: int = 1024
-    batching: Literal["shuffle", "length", "pack"] = "shuffle"
+    batching: Literal["shuffle", "length", "prefix", "pack"] = "shuffle"
     checkpoint_interval: int = 100
     eval_interval: int = 0
     patience: int = 0
@@ -290,7 +291,7 @@ class TrainConfig:
             _check(self, name, _whole(getattr(self, name), 0), "a whole number of at least 0")
         _check(self, "epochs", self.epochs is None or _whole(self.epochs, 1), "a whole number of at least 1, or none")
         _check(self, "final_lr_ratio", _finite(self.final_lr_ratio) and 0 <= self.final_lr_ratio <= 1, "a number in [0, 1]")
-        _check(self, "batching", self.batching in ("shuffle", "length", "pack"), "'shuffle', 'length' or 'pack'")
+        _check(self, "batching", self.batching in ("shuffle", "length", "prefix", "pack"), "'shuffle', 'length', 'prefix' or 'pack'")
         finite = isinstance(self.loss, str) or all(_finite(weight) for weight in self.loss.values())
         _check(self, "loss", bool(self.loss) and finite, "a loss name, or finite weights over loss names")
 
@@ -385,7 +386,7 @@ class Checkpoint:
 
 @record
 class TrainingResult:
-    """How a training run went. Losses are nats per weight: the mean over the first and last tenth of the steps."""
+    """How a training run went. The losses are nats per weight on the same handful of training examples, before and after, without dropout."""
 
     initial_loss: float
     final_loss: float

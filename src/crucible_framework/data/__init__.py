@@ -1,1 +1,31 @@
-"""data."""
+"""Data: rows → `Example` → `Datum` → `Batch`. Importing it loads no tokenizer, template or network library."""
+
+from __future__ import annotations
+
+from .batches import Batches, normalise
+from .benchmarks import DATASETS, Listing, datasets, load_dataset
+from .examples import LABELS, Loader, Source
+from .rendering import Rendered, render, render_all
+from .sources import Row, read_rows
+from .tokens import ByteTokenizer, HuggingFaceTokenizer, completion_tokens, render_prompt
+
+__all__ = [
+    "DATASETS",
+    "LABELS",
+    "Batches",
+    "ByteTokenizer",
+    "HuggingFaceTokenizer",
+    "Listing",
+    "Loader",
+    "Rendered",
+    "Row",
+    "Source",
+    "completion_tokens",
+    "datasets",
+    "load_dataset",
+    "normalise",
+    "read_rows",
+    "render",
+    "render_all",
+    "render_prompt",
+]

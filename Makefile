@@ -1,0 +1,69 @@
+# From a fresh clone: `make demo`. `make help` lists the rest. GNU make and Python 3.11 or newer are all that must be there before.
+#
+# VENV=…      another folder for the virtual environment     PYTHON=…   the interpreter that it is made with
+# TORCH=…     another build of PyTorch, as pip names it       PIP_FLAGS=… for every `pip install` (an index, a proxy)
+# ARGS=…      more arguments for the command or for pytest
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PIP_FLAGS ?=
+ARGS ?=
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := $(VENV)/bin
+LOCAL := $(VENV)/.installed-local
+DEV := $(VENV)/.installed-dev
+PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
+PYTEST = $(BIN)/python -m pytest -q
+
+.PHONY: help install demo test test-slow check bench docs clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## List these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+demo: $(LOCAL) ## Train, evaluate and compare a small model, and write a report
+	@$(BIN)/crucible demo $(ARGS)
+
+install: $(LOCAL) ## Install Crucible with its local engine into .venv
+
+test: $(DEV) ## Run every test but the slow ones, in parallel
+	@$(PYTEST) -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
+test-slow: $(DEV) ## Run the tests that train a real model
+	@$(PYTEST) -n 0 -m slow $(ARGS)
+
+check: $(DEV) ## Run all checks: format, lint, types, import floors, tests with coverage, documentation
+	@VENV="$(VENV)" scripts/check $(ARGS)
+
+bench: $(DEV) ## Run the benchmarks
+	@for file in benchmarks/*.py; do printf '\n== %s\n' "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+docs: $(DEV) ## Build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide the warnings from --strict too
+
+clean: ## Remove what builds and checks leave behind (not .venv, not runs)
+	@rm -rf site dist build htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find src tests examples benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# A stamp is newer than pyproject.toml where the environment is up to date, so installs happen once.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Crucible needs Python 3.11 or newer and found none. Install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(LOCAL): pyproject.toml | $(BIN)/python
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) # it was interrupted while being made
+	@$(PIP) --upgrade pip
+	@echo "Installing $(TORCH) into $(VENV) (once, the largest part)"
+	@$(PIP) "$(TORCH)"
+	@echo "Installing Crucible with its local engine"
+	@$(PIP) -e '.[local]'
+	@touch $@
+
+$(DEV): pyproject.toml $(LOCAL)
+	@echo "Installing what tests, checks and documentation need"
+	@$(PIP) -e '.[local]' --group dev --group docs
+	@touch $@

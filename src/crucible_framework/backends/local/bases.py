@@ -1,0 +1,404 @@
+"""Frozen base models: the built-in tiny Llama, `smollm2-135m`, Hugging Face folders and hub ids.
+
+A base is loaded once and shared by everything that uses it; its weights never change. No code of a model's folder is ever run, and a
+local name never asks the network. This file does not know adapters' values, training or sampling. It supports decoders whose logits are
+the output layer applied to the last hidden state (Llama, Qwen, Mistral, SmolLM, …), probes that when loading, and refuses others.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...config import places
+from ...data.tokens import ByteTokenizer, HuggingFaceTokenizer
+from ...errors import AuthError, BackendError, ConfigError, CorruptError, NotFoundError, ServiceError, UnknownNameError
+from ...events import span
+from ...files import read_json, storage_errors, verify
+from ...protocols import Tokenizer
+from ...records import record
+from . import smollm
+from .lora import Slot, install
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+__all__ = ["Base", "canonical", "load_base", "load_tokenizer", "tiny_model"]
+
+TINY = "tiny"
+TINY_CONTEXT = 2048
+SMOLLM = "smollm2-135m"
+ALIASES = {SMOLLM: SMOLLM, smollm.HUB_ID: SMOLLM}
+_ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+class _Config(Protocol):
+    """The part of a model's configuration that is read here."""
+
+    vocab_size: int
+    max_position_embeddings: int
+
+
+@record
+class Base:
+    """A frozen model with what the engine needs to know of it.
+
+    Attributes:
+        name: the canonical name.
+        source: what an adapter's configuration names as its base: a hub id, a folder or a name.
+        model: the decoder with a `LoraLinear` around every linear layer.
+        layers: the linear layers by name: (out, in) features.
+        head: the output layer's name.
+        slot: the adapter that is active.
+        context: the most tokens that it reads.
+        vocab_size: rows of its embedding; the tokenizer may have fewer.
+    """
+
+    name: str
+    source: str
+    model: nn.Module
+    tokenizer: Tokenizer
+    layers: Mapping[str, tuple[int, int]]
+    head: str
+    slot: Slot
+    context: int
+    vocab_size: int
+    device: torch.device
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether `hidden` may be given a 4-D mask: plain attention in every layer, as in the Llama and Qwen families."""
+        config = self.model.config
+        kind, window = getattr(config, "model_type", ""), getattr(config, "use_sliding_window", getattr(config, "sliding_window", None))
+        return kind in ("llama", "qwen2", "qwen3") and not window
+
+    def hidden(self, ids: Tensor, cache: Cache | None = None, *, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+        """The last hidden states [B, L, H] of token ids [B, L], after those that the cache holds.
+
+        Args:
+            ids: the tokens.
+            cache: keys and values of earlier tokens; those of `ids` are added to it.
+            mask: bool [B, earlier + L], False where the cache holds padding; or float [B, 1, L, L], added to the attention's scores.
+            places: int64 [B, L], each token's position in its sequence; counted on from the cache's length where None.
+        """
+        return _hidden(self.model, ids, cache, mask, places)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [..., V] of hidden states [..., H]."""
+        return cast("Tensor", self.model.get_submodule(self.head)(hidden)).float()
+
+
+def _hidden(model: nn.Module, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    backbone = cast("Callable[[], nn.Module]", model.get_decoder)()
+    key = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"  # renamed in transformers 5
+    given = {key: cache} if cache is not None else {}
+    return cast("Tensor", backbone(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=cache is not None, **given).last_hidden_state)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers prints no progress bars and no advice inside the block."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+def canonical(name: str) -> str:
+    """One name per base model: aliases resolved, folders absolute."""
+    folder = _folder(name)
+    return ALIASES.get(name, name) if folder is None else str(folder)
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that a name means, or None where it is a model's name.
+
+    Raises:
+        ConfigError: it is written as a path, and no folder is there.
+    """
+    if name in (TINY, *ALIASES):
+        return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ConfigError(f"There is no model folder {name!r}. Expected config.json, safetensors and a tokenizer in it; offline default: {SMOLLM!r}.")
+    return None
+
+
+def _locate(name: str, cache: Path, device_bytes: int | None) -> Path:
+    """The folder with a model's files, made or downloaded where it must be. `device_bytes` is the size of a weight, None for the tokenizer alone."""
+    if (folder := _folder(name)) is not None:
+        return folder
+    if name in ALIASES:
+        return smollm.folder(cache)
+    if name.count("/") == 1:
+        return _from_hub(name, device_bytes)
+    raise UnknownNameError("base model", name, (TINY, SMOLLM), fix="A Hugging Face id ('organisation/name') or a folder works too.")
+
+
+def _advice(name: str) -> str:
+    licence = f"accept its licence on the hub page of {name}, " if name.startswith(("meta-llama/", "google/", "mistralai/")) else ""
+    return f"To use it, {licence}set HF_TOKEN if it is gated, or pass a folder with its files as base_model. Works offline: {SMOLLM!r}."
+
+
+def _from_hub(name: str, item_bytes: int | None) -> Path:
+    """The snapshot folder of a hub model; only its tokenizer and configuration where `item_bytes` is None."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [p for p in _HUB_FILES if item_bytes is not None or p != "*.safetensors"]
+    alone = "offline mode is on (HF_HUB_OFFLINE or CRUCIBLE_OFFLINE)" if places().offline else ""
+    numbers = 0
+    try:
+        if not alone and item_bytes is not None:
+            try:
+                tensors = HfApi().model_info(name, timeout=10).safetensors
+                numbers = sum(tensors.parameters.values()) if tensors is not None else 0
+            except (HfHubHTTPError, HFValidationError):
+                raise
+            except Exception as error:  # the hub's client lets its transport's own errors through
+                alone = f"the hub cannot be reached ({type(error).__name__})"
+        _check_memory(name, numbers * (item_bytes or 0))
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=bool(alone), etag_timeout=10))
+    except GatedRepoError as error:
+        raise AuthError(f"The hub refuses {name!r}: it is gated and this account has no access. {_advice(name)}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigError(f"The hub has no model {name!r} that this account may see. Check the spelling. {_advice(name)}") from error
+    except LocalEntryNotFoundError as error:
+        why = alone or "the hub cannot be reached"
+        raise ServiceError(f"{name!r} is not in the Hugging Face cache, and {why}. {_advice(name)}", retryable=not places().offline) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise AuthError(f"The hub refuses {name!r} with HTTP {status}. {_advice(name)}") from error
+        raise ServiceError(f"The hub answered HTTP {status} for {name!r}. Try again later. {_advice(name)}", status=status, retryable=True) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, or None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _check_memory(name: str, need: int) -> None:
+    have = available_bytes()
+    if have is not None and need > have:
+        raise BackendError(
+            f"{name!r} needs {need / 2**30:.1f} GiB for its weights; {have / 2**30:.1f} GiB of memory are free. "
+            f"Choose a smaller model ({SMOLLM!r} needs 0.5), dtype='bfloat16', or a machine with more memory."
+        )
+
+
+def _weights(folder: Path) -> int:
+    """How many numbers the folder's safetensors hold, from their headers.
+
+    Raises:
+        CorruptError: no safetensors, or a header that does not parse.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise CorruptError(f"The model folder {str(folder)!r} holds no .safetensors file. Download the model again; pickled weights are never read.")
+    count = 0
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(min(length, path.stat().st_size)))
+            tensors = [entry for key, entry in header.items() if key != "__metadata__"]
+            count += sum(torch.Size(entry["shape"]).numel() for entry in tensors)
+            end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(f"{str(path)!r} is no valid safetensors file: {error}. Download the model again.") from error
+        if path.stat().st_size != 8 + length + end:
+            raise CorruptError(f"{str(path)!r} has {path.stat().st_size} bytes; its header says {8 + length + end}. Download the model again.")
+    return count
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+def tiny_model() -> nn.Module:
+    """The built-in Llama: 2 layers, 64 wide, 4 heads on 2 key-value heads, byte vocabulary; the same weights every time.
+
+    Made on the meta device and filled from a private generator, so that the global one is not touched.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    tokenizer = ByteTokenizer()
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=TINY_CONTEXT,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_ids[0],
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.ones(p.shape) if p.ndim == 1 else torch.empty(p.shape).normal_(0.0, 0.05, generator=generator) for name, p in model.named_parameters()}
+    model.load_state_dict(state, assign=True)
+    model.get_submodule("model").rotary_emb = LlamaRotaryEmbedding(config)
+    return model.eval()
+
+
+def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """The model of a Hugging Face folder.
+
+    Raises:
+        ConfigError: no config.json, or an architecture that transformers does not know.
+        CorruptError: tensors are missing, broken or of other shapes than the configuration says.
+        BackendError: not enough memory.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = read_json(folder / "config.json")
+    except NotFoundError as error:
+        raise ConfigError(f"The model folder {str(folder)!r} has no config.json. Expected the files of a Hugging Face model: download it again.") from error
+    if (folder / "manifest.json").is_file():
+        try:
+            verify(folder)
+        except CorruptError as error:
+            raise CorruptError(f"The model {name!r} is damaged: {error} Delete that folder: it is made again.") from error
+    _check_memory(name, _weights(folder) * _ITEM_BYTES[dtype])
+    try:
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError, ImportError) as error:
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise ConfigError(
+            f"transformers cannot build the model {name!r} (model_type {kind!r}): {_line(error)} "
+            "Expected a causal language model that it knows; code in the folder is not run."
+        ) from error
+    except Exception as error:  # safetensors and torch raise bare errors on broken tensors
+        raise CorruptError(f"The weights in {str(folder)!r} cannot be read: {_line(error)} Download the model again.") from error
+    model, report = cast("tuple[nn.Module, dict[str, set[str]]]", loaded)
+    if missing := sorted(report["missing_keys"]):
+        raise CorruptError(f"The weights in {str(folder)!r} lack {len(missing)} tensors, first {missing[0]!r}. Download the model again.")
+    return model.eval()
+
+
+def _line(error: Exception) -> str:
+    """A library's message as one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if text.endswith((".", "!")) else f"{text}."
+
+
+def load_tokenizer(name: str, *, cache: Path) -> Tokenizer:
+    """The tokenizer of a base model, without its weights.
+
+    Raises:
+        UnknownNameError, ConfigError, ServiceError: as `load_base`.
+    """
+    return ByteTokenizer() if name == TINY else HuggingFaceTokenizer(_locate(name, cache, None), name)
+
+
+def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.device) -> Base:
+    """Loads a base model and freezes it.
+
+    Args:
+        name: "tiny", "smollm2-135m" (or its hub id), a folder, or a hub id.
+        cache: where `smollm2-135m` is kept once converted.
+        dtype: of the weights.
+        device: where they are put.
+
+    Raises:
+        UnknownNameError: a short name that is none of ours.
+        ConfigError: a folder that is not there or is no model, or a model whose logits the engine would compute wrongly.
+        ServiceError, AuthError: the hub cannot be reached, or refuses.
+        CorruptError: files are broken.
+        BackendError: the weights do not fit into memory.
+    """
+    with span("model.loaded", model=name, dtype=str(dtype).removeprefix("torch.")) as opened:
+        if name == TINY:
+            model, source, tokenizer = tiny_model().to(dtype), TINY, cast("Tokenizer", ByteTokenizer())
+        else:
+            with storage_errors(cache, "read"):
+                folder = _locate(name, cache, _ITEM_BYTES[dtype])
+            model, source, tokenizer = _from_folder(folder, name, dtype), smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name)
+        model.requires_grad_(requires_grad=False).to(device)
+        head = _head_name(model, name)
+        _probe(model, head, name, device)
+        slot, layers = install(model)
+        config = cast("_Config", model.config)
+        context = int(getattr(config, "max_position_embeddings", 0) or TINY_CONTEXT)
+        opened.set(parameters=sum(p.numel() for p in model.parameters()))
+        return Base(
+            name=name,
+            source=source,
+            model=model,
+            tokenizer=tokenizer,
+            layers=layers,
+            head=head,
+            slot=slot,
+            context=context,
+            vocab_size=int(config.vocab_size),
+            device=device,
+        )
+
+
+def _head_name(model: nn.Module, name: str) -> str:
+    head = cast("Callable[[], nn.Module | None]", model.get_output_embeddings)()
+    found: str | None = next((key for key, module in model.named_modules() if module is head), None)
+    if head is None or found is None:
+        raise ConfigError(f"The model {name!r} has no output layer. Expected a causal language model.")
+    return found
+
+
+@torch.no_grad()
+def _probe(model: nn.Module, head: str, name: str, device: torch.device) -> None:
+    """Checks on four tokens that the logits are the output layer on the last hidden state, also in two parts through a cache.
+
+    Raises:
+        ConfigError: they are not (soft-capped or scaled logits, recurrent layers).
+    """
+    from transformers import DynamicCache
+
+    ids = torch.arange(1, 5, device=device)[None]
+    cache = DynamicCache()
+    theirs = model(input_ids=ids, use_cache=False).logits.float()
+    try:
+        parts = [_hidden(model, ids), torch.cat([_hidden(model, ids[:, :2], cache), _hidden(model, ids[:, 2:], cache)], dim=1)]
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ConfigError(f"The model {name!r} does not run with a key-value cache: {_line(error)} Use a Llama- or Qwen-like decoder.") from error
+    for hidden in parts:
+        ours = model.get_submodule(head)(hidden).float()
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
+            raise ConfigError(
+                f"The model {name!r} changes its logits after the output layer, which the local engine does not. Use a Llama- or Qwen-like model."
+            )

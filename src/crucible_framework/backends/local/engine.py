@@ -1,0 +1,157 @@
+"""A loss and its gradient over a batch, through one frozen base and one adapter.
+
+Sequences go through the model together as `layout` says, with the numbers of each sequence alone. The head is computed only at positions
+whose weight is not zero. The loss sees detached log-probs of the whole batch once; its gradient with respect to them then goes back through the model,
+in one pass for small batches, and for large ones by a second pass with the same dropout masks, so that memory does not grow with the batch.
+
+This file does not know sessions, optimizers or files. It does not chunk the head: one slice holds [rows, vocabulary] logits in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...errors import DataError, NumericError
+from ...losses.apply import apply_loss, positions, some, spread, step_output, target_logprobs
+from ...protocols import Loss
+from ...records import Batch, Datum, StepOutput
+from .bases import Base
+from .layout import TOKENS_PER_SLICE, Pass, lay_out
+from .lora import Active
+from .optim import first_not_finite
+
+__all__ = ["check_tokens", "completion_logprobs", "evaluate"]
+
+
+def check_tokens(base: Base, tokens: Sequence[int] | NDArray[np.int32], whose: str, fix: str) -> None:
+    """Raises DataError where tokens do not fit the base's vocabulary or context."""
+    if len(tokens) > base.context:
+        raise DataError(f"{whose} has {len(tokens)} tokens; {base.name!r} reads at most {base.context}. {fix}")
+    low, high = int(np.min(tokens)), int(np.max(tokens))
+    if low < 0 or high >= base.vocab_size:
+        bad = low if low < 0 else high
+        raise DataError(f"{whose} holds token {bad}; {base.name!r} knows 0 to {base.vocab_size - 1}. Use the tokenizer of that model.")
+
+
+@dataclass(slots=True)
+class _Work:
+    """A checked batch: which rows of each datum are computed, and in which passes. A pass numbers the data by their place in it."""
+
+    base: Base
+    data: tuple[Datum, ...]
+    rows: list[NDArray[np.int64]]
+    passes: list[Pass]
+    logits: bool
+
+    def index(self, i: int) -> Tensor:
+        """A datum's rows as a tensor."""
+        return torch.from_numpy(self.rows[i]).to(self.base.device)
+
+    def targets(self, i: int) -> Tensor:
+        """A datum's targets at its rows."""
+        return torch.from_numpy(self.data[i].targets[self.rows[i]]).to(self.base.device)
+
+    def run(self, work: Pass) -> dict[int, Tensor]:
+        """By datum of the pass its logits [R, V] or log-probs [R] or [R, K] at its rows."""
+        where = np.concatenate([places[self.rows[i]] for i, places in zip(work.members, work.where, strict=True)])
+        hidden = self.base.hidden(work.ids, mask=work.mask, places=work.places).flatten(0, 1)[torch.from_numpy(where).to(self.base.device)]
+        parts = torch.split(self.base.logits(hidden), [len(self.rows[i]) for i in work.members])
+        if self.logits:
+            return dict(zip(work.members, parts, strict=True))
+        return {i: target_logprobs(part, self.targets(i)) for i, part in zip(work.members, parts, strict=True)}
+
+    def whole(self, values: Mapping[int, Tensor]) -> list[Tensor]:
+        """Per datum its values at all positions, 0 where they were not computed; without a graph."""
+        shape = (self.base.vocab_size,) if self.logits else ()
+        inputs = list[Tensor]()
+        for i, datum in enumerate(self.data):
+            empty = torch.zeros((0, *(shape or datum.targets.shape[1:])), device=self.base.device)
+            inputs.append(spread(values.get(i, empty), self.rows[i], len(datum)))
+        return inputs
+
+
+def _prepare(base: Base, batch: Batch, loss: Loss) -> _Work:
+    rows = positions(loss, batch.data, base.vocab_size)
+    for datum in batch.data:
+        check_tokens(base, datum.tokens, f"Datum {datum.id!r}", "Shorten it or lower max_length.")
+    live = [i for i, used in enumerate(rows) if len(used)]
+    passes = [
+        replace(found, members=tuple(live[place] for place in found.members))
+        for found in lay_out([batch.data[i].tokens for i in live], base.device, share=base.takes_masks)
+    ]
+    return _Work(base, batch.data, rows, passes, loss.needs == "logits")
+
+
+def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor], adapter: Mapping[str, Tensor], *, again: bool) -> dict[str, Tensor]:
+    """The gradient per adapter tensor; with `again`, each pass goes through the model once more."""
+    total = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in adapter.items()}
+    for one in work.passes:
+        outputs = work.run(one) if again else values
+        weights = [upstream[i][work.index(i)] for i in one.members]
+        found = torch.autograd.grad([outputs[i] for i in one.members], list(adapter.values()), weights, allow_unused=True)
+        for name, gradient in zip(adapter, found, strict=True):
+            if gradient is not None:
+                total[name] += gradient
+    return total
+
+
+def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: bool) -> tuple[StepOutput, dict[str, Tensor]]:
+    """The loss of a batch and, with `train`, its gradient per adapter tensor.
+
+    Log-probs are computed where any weight of a position is not zero, and are 0 elsewhere, for the loss function too; a loss that needs
+    logits, or a batch whose weights are all zero, computes every position.
+
+    Raises:
+        DataError: an empty batch, a missing extra, a token or target outside the vocabulary, a datum longer than the context.
+        NumericError: the loss or a gradient is NaN or infinite.
+        BackendError: the loss function gave no scalar, or one that does not depend on its input.
+    """
+    work = _prepare(base, batch, loss)
+    if train:
+        active = replace(active, adapter={name: tensor.detach().requires_grad_() for name, tensor in active.adapter.items()})
+    generator = active.generator
+    before = generator.get_state() if generator is not None else None
+    again = sum(one.tokens for one in work.passes) > TOKENS_PER_SLICE
+    with base.slot.using(active):
+        values = dict[int, Tensor]()
+        with torch.set_grad_enabled(train and not again):
+            for one in work.passes:
+                values |= work.run(one)
+        inputs = work.whole(values)
+        applied = apply_loss(loss, batch.data, inputs, grad=train)
+        gradients = dict[str, Tensor]()
+        if train:
+            if again and generator is not None and before is not None:
+                generator.set_state(before)  # the second pass draws the masks of the first
+            with torch.enable_grad():
+                gradients = _gradients(work, values, applied.gradients, active.adapter, again=again)
+    if (bad := first_not_finite(gradients)) is not None:
+        message = f"The gradient of {bad!r} is not finite on examples {some(batch.ids)}; expected finite numbers. "
+        raise NumericError(message + "The weights were not touched: look at these examples and at the loss.", tensor=bad, examples=batch.ids)
+    if work.logits:
+        inputs = [target_logprobs(logits, work.targets(i)) for i, logits in enumerate(inputs)]
+    return step_output(batch.data, applied, inputs), gradients
+
+
+@torch.no_grad()
+def completion_logprobs(base: Base, active: Active | None, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, ...]]:
+    """For each (prompt, completion) the log p of every completion token at temperature 1, in nats. Both hold at least one token.
+
+    Sequences are laid out as in training.
+    """
+    found = list[tuple[float, ...]]([()] * len(pairs))
+    inputs = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
+    with base.slot.using(active):
+        for one in lay_out(inputs, base.device, share=base.takes_masks):
+            hidden = base.hidden(one.ids, mask=one.mask, places=one.places).flatten(0, 1)
+            for i, places in zip(one.members, one.where, strict=True):
+                targets = torch.tensor(pairs[i][1], device=base.device)
+                rows = torch.from_numpy(places[len(pairs[i][0]) - 1 :]).to(base.device)
+                found[i] = tuple(target_logprobs(base.logits(hidden[rows]), targets).tolist())
+    return found

@@ -1,0 +1,199 @@
+"""An adapter being trained on the local engine: accumulate, step, save, look at it.
+
+All state is touched by the engine's thread only, and tensors are replaced, never written to, so that a snapshot is a reference. This file
+does not know how gradients are computed, nor where files lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Literal, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ... import events
+from ...errors import BackendError, ConfigError, NumericError, SessionClosedError
+from ...protocols import GradientHook, Loss
+from ...records import AdamConfig, Batch, Checkpoint, LoraConfig, OptimOutput, StepOutput
+from .adapters import Snapshot
+from .bases import Base
+from .engine import evaluate
+from .lora import Active
+from .optim import AdamState, adamw, first_not_finite, global_norm
+from .sampling import Frozen, LocalSampler
+
+__all__ = ["LocalSession"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Engine(Protocol):
+    """What a session needs of its backend."""
+
+    def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Runs a request in order."""
+        ...
+
+    def keep(self, checkpoint: Checkpoint, snapshot: Snapshot) -> Checkpoint:
+        """Keeps a snapshot in memory under the checkpoint's URI, made unique."""
+        ...
+
+    def sampler_of(self, model: str, frozen: Future[Frozen]) -> LocalSampler:
+        """A sampler of weights that an earlier request gives."""
+        ...
+
+
+class LocalSession:
+    """A LoRA adapter on a frozen base model; see `TrainingSession`.
+
+    Log-probs in a `StepOutput` are 0 at positions whose weight is 0, where the engine computes nothing, unless the loss needs logits or all
+    weights of the batch are 0. A gradient that no step has used is not in a checkpoint.
+
+    Args:
+        engine: the backend.
+        base: the frozen model.
+        lora: the adapter's settings.
+        snapshot: where it starts, with optimizer and generator.
+        name: unique among sessions.
+        base_model: what the user called the model.
+    """
+
+    def __init__(self, engine: Engine, base: Base, lora: LoraConfig, snapshot: Snapshot, *, name: str, base_model: str) -> None:
+        if snapshot.optimizer is None or snapshot.generator is None:
+            raise BackendError(f"The session {name!r} cannot start without optimizer and generator state. Save checkpoints as kind 'state'.")
+        self.name, self.base, self.lora, self.base_model = name, base, lora, base_model
+        self._engine, self._closed = engine, False
+        self._adapter = snapshot.adapter
+        self._optimizer: AdamState = snapshot.optimizer
+        self._generator = torch.Generator(base.device)
+        self._generator.set_state(snapshot.generator)
+        self._gradients: dict[str, Tensor] = {}
+        self._failure: Exception | None = None
+
+    def _submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        if self._closed:
+            raise SessionClosedError(f"The session on {self.base_model!r} is closed. Start one with backend.train(...) or backend.resume(...).")
+        return self._engine.submit(fn, *args, **kwargs)
+
+    def forward_backward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
+        """Adds the gradient of the summed loss; after any failure of it the next `optim_step` fails too.
+
+        Raises (from the future):
+            NumericError: loss or gradient is not finite.
+            DataError: no data, tokens outside the vocabulary or the context, or an extra that the loss needs is missing.
+            BackendError: the loss gave no scalar with a gradient.
+        """
+        return self._submit(self._forward_backward, batch, loss)
+
+    def forward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
+        """The same numbers without dropout, gradient or change of state."""
+        return self._submit(self._forward, batch, loss)
+
+    def optim_step(self, adam: AdamConfig, hook: GradientHook | None = None) -> Future[OptimOutput]:
+        """One AdamW step with the accumulated gradient, which it clears whether it succeeds or not.
+
+        Raises (from the future):
+            BackendError: there is no gradient, a `forward_backward` before it failed, or the hook gave other tensors.
+            NumericError: a gradient, the norm or a new weight is not finite; the weights stay as they were.
+        """
+        return self._submit(self._optim_step, adam, hook)
+
+    def save(self, name: str, kind: Literal["state", "sampler"] = "state") -> Future[Checkpoint]:
+        """Keeps the weights in the backend's memory under a new URI; `download` writes them to files.
+
+        Raises:
+            ConfigError: the name is empty, or the kind is neither "state" nor "sampler".
+        """
+        if not name or kind not in ("state", "sampler"):
+            raise ConfigError(f"A checkpoint cannot be called {name!r} with kind {kind!r}; expected a name and 'state' or 'sampler'.")
+        return self._submit(self._save, name, kind)
+
+    def sampler(self) -> LocalSampler:
+        """The weights as they stand after the requests so far."""
+        return self._engine.sampler_of(f"{self.base_model}/{self.name}", self._submit(self._frozen))
+
+    def close(self) -> None:
+        """Requests submitted before still run; later ones raise SessionClosedError."""
+        self._closed = True
+
+    # ------------------------------------------------------------------------------------------- on the engine's thread
+    @property
+    def _scale(self) -> float:
+        return self.lora.alpha / self.lora.rank
+
+    def _frozen(self) -> Frozen:
+        return Frozen(self.base, Active(self._adapter, self._scale))
+
+    def _forward(self, batch: Batch, loss: Loss) -> StepOutput:
+        with events.span("training.forward", examples=len(batch.data), tokens=batch.tokens):
+            return evaluate(self.base, batch, loss, Active(self._adapter, self._scale), train=False)[0]
+
+    def _forward_backward(self, batch: Batch, loss: Loss) -> StepOutput:
+        with events.span("training.forward_backward", examples=len(batch.data), tokens=batch.tokens) as span:
+            before = self._generator.get_state()
+            try:
+                active = Active(self._adapter, self._scale, self.lora.dropout, self._generator)
+                output, gradients = evaluate(self.base, batch, loss, active, train=True)
+                if self._gradients:
+                    gradients = {name: self._gradients[name] + gradient for name, gradient in gradients.items()}
+            except Exception as error:
+                self._failure = error
+                self._generator.set_state(before)
+                raise
+            self._gradients = gradients
+            span.set(loss=output.loss)
+            return output
+
+    def _optim_step(self, adam: AdamConfig, hook: GradientHook | None) -> OptimOutput:
+        with events.span("training.optim_step", lr=adam.lr) as span:
+            gradients, failure = self._gradients, self._failure
+            self._gradients, self._failure = {}, None
+            if failure is not None:
+                message = f"The step was not taken because a forward_backward before it failed: {failure}"
+                if isinstance(failure, NumericError):
+                    raise NumericError(message, tensor=failure.tensor, examples=failure.examples) from failure
+                raise BackendError(message) from failure
+            if not gradients:
+                raise BackendError("optim_step found no gradient; expected a forward_backward since the last step. Submit one first.")
+            metrics: dict[str, float] = {}
+            if hook is not None:
+                gradients = _hooked(gradients, hook, metrics)
+            _refuse_not_finite(gradients, "gradient")
+            norm = global_norm(gradients)
+            _refuse_not_finite({"global norm": norm}, "gradient")
+            adapter, optimizer = adamw(self._adapter, gradients, self._optimizer, adam, norm)
+            _refuse_not_finite({**adapter, **{f"second moment of {name}": square for name, square in optimizer.exp_avg_sq.items()}}, "new value")
+            self._adapter, self._optimizer = adapter, optimizer
+            span.set(step=optimizer.step, grad_norm=float(norm))
+            return OptimOutput(step=optimizer.step, grad_norm=float(norm), metrics=metrics)
+
+    def _save(self, name: str, kind: Literal["state", "sampler"]) -> Checkpoint:
+        full = kind == "state"
+        optimizer, generator = (self._optimizer, self._generator.get_state()) if full else (None, None)
+        uri, step = f"local://{self.name}/{name}", self._optimizer.step
+        checkpoint = Checkpoint(name=name, uri=uri, kind=kind, step=step, base_model=self.base_model, lora=self.lora)
+        return self._engine.keep(checkpoint, Snapshot(adapter=self._adapter, optimizer=optimizer, generator=generator))
+
+
+def _refuse_not_finite(tensors: dict[str, Tensor], what: str) -> None:
+    if (bad := first_not_finite(tensors)) is not None:
+        message = f"The {what} of {bad!r} is not finite; expected finite numbers. The weights were not touched: lower the learning rate or look at the hook."
+        raise NumericError(message, tensor=bad)
+
+
+def _hooked(gradients: dict[str, Tensor], hook: GradientHook, metrics: dict[str, float]) -> dict[str, Tensor]:
+    def report(name: str, value: float) -> None:
+        if not math.isfinite(number := float(value)):
+            raise NumericError(f"The gradient hook reported {name!r} = {number}; expected a finite number. The weights were not touched.", tensor=name)
+        metrics[name] = number
+
+    shapes = {name: gradient.shape for name, gradient in gradients.items()}
+    with torch.no_grad():
+        changed = dict(hook(gradients, report))
+    if {name: gradient.shape for name, gradient in changed.items()} != shapes:
+        raise BackendError(f"The gradient hook gave tensors {sorted(changed)}; expected those it got, {sorted(shapes)}, with the same shapes.")
+    return {name: changed[name].detach().to(gradient) for name, gradient in gradients.items()}

@@ -1,0 +1,382 @@
+"""The commands: each reads its words, makes one call and says what came back."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Group
+
+from ..backends import connect
+from ..config import places
+from ..data import datasets as known_datasets
+from ..demo import run_demo
+from ..errors import ConfigError, CorruptError, NotFoundError
+from ..evaluation import compare, evaluate
+from ..losses import losses as known_losses
+from ..losses import resolve
+from ..records import Evaluation, Message, SamplingParams
+from ..reports import write_report
+from ..store import Checkpoints, Models, list_runs, load_checkpoint, read_run
+from ..training import Trainer, progress_bar, received_signal
+from . import show
+from .checkup import examine
+from .jobs import DataChoice, chat, load_data, load_job, resolve_model
+from .reply import Reply, typed
+
+__all__ = ["register"]
+
+Prompt = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
+Interactive = Annotated[bool, Parameter(name=["--interactive", "-i"])]
+Count = Annotated[int, Parameter(name=["--n", "-n"])]
+Settings = Annotated[list[str] | None, Parameter(name="--set", help="A key of the configuration, `lora.rank=8`; may be given again.")]
+
+
+def demo(*, dataset: str = "minifact", base_model: str | None = None, folder: Path = Path("runs/demo"), quick: bool = False, seed: int = 0) -> Reply:
+    """Train on claims, compare with the base, write a report: the whole way.
+
+    Args:
+        dataset: `minifact` (shipped) or `scifact` (its files must be there).
+        base_model: `smollm2-135m`, with --quick `tiny`.
+        folder: the run folder; an interrupted demo there is continued.
+        quick: few examples and a tiny model: under 90 seconds.
+        seed: of adapter, dropout and batches.
+    """
+    with progress_bar() as bar:
+        done = run_demo(dataset, base_model=base_model, folder=folder, quick=quick, seed=seed, callbacks=(bar,), progress=bar.stage, command=typed.get())
+    before, after = done.base["label_accuracy"], done.adapter["label_accuracy"]
+    text = (
+        f"Label accuracy on {before.n} held-out claims: base {before.value:.3f} [{before.low:.3f}, {before.high:.3f}], "
+        f"adapter {after.value:.3f} [{after.low:.3f}, {after.high:.3f}].\n{show.finding_text(done.finding)}\n"
+        f"Loss on training examples: {done.training.initial_loss:.3f} → {done.training.final_loss:.3f} nats per token in {done.training.steps} steps.\n"
+        f"Registered as {done.model.name}:{done.model.version}. Ask it: crucible sample {folder} -i\nReport: {done.report}"
+    )
+    return Reply(done, text)
+
+
+def train(
+    config: Path | None = None, /, *, settings: Settings = None, base_model: str | None = None, dataset: str | None = None, split: str | None = None,
+    dev: str | None = None, limit: int | None = None, folder: Path | None = None, backend: str | None = None, loss: str | None = None,
+    max_steps: int | None = None, resume: bool = False,
+) -> Reply:  # fmt: skip
+    """Train an adapter from a TOML file, flags, or both.
+
+    Args:
+        config: keys of TrainConfig, and `[data]`, `backend`, `folder`.
+        base_model: name, folder or Hugging Face id.
+        dataset: name or path.
+        split: what is learned from.
+        dev: a split whose loss is taken every `eval_interval` steps.
+        limit: the first examples only.
+        folder: the run folder.
+        backend: local or fake.
+        loss: a registered loss.
+        max_steps: optimizer steps.
+        resume: go on from the folder's latest checkpoint.
+    """
+    chosen = {"name": dataset, "split": split, "dev": dev, "limit": limit}
+    flags: dict[str, object] = {"base_model": base_model, "folder": str(folder) if folder else None, "backend": backend, "loss": loss, "max_steps": max_steps,
+             "data": {key: value for key, value in chosen.items() if value is not None} or None}  # fmt: skip
+    job = load_job(config, settings or [], flags)
+    rows, held_out = load_data(job.data, job.data.split), load_data(job.data, job.data.dev) if job.data.dev else None
+    with (
+        connect(job.backend) as engine,
+        progress_bar() as bar,
+        Trainer(engine, job.config(), folder=job.folder, callbacks=(bar,), resume=resume, command=typed.get()) as trainer,
+    ):
+        result = trainer.train(rows, held_out)
+    text = (
+        f"{result.steps} steps, {result.tokens:,} tokens, {result.duration_s:.0f} s; ended by {result.stopped}.\n"
+        f"Loss on training examples: {result.initial_loss:.4f} → {result.final_loss:.4f} nats per token.\n"
+        f"Checkpoint: {result.checkpoint.local_path if result.checkpoint else 'none'}"
+    )
+    code = 128 + (received_signal() or signal.SIGINT) if result.stopped == "signal" else 0
+    return Reply(result, text + (f"\nStopped by a signal; go on with --resume --folder {job.folder}." if code else ""), code)
+
+
+def sample(
+    model: str, prompt: Prompt = None, /, *, interactive: Interactive = False, system: str | None = None, n: Count = 1, max_tokens: int = 128,
+    temperature: float = 0.7, top_k: int = 0, top_p: float = 1.0, stop: list[str] | None = None, seed: int | None = None, backend: str = "local",
+) -> Reply:  # fmt: skip
+    """Ask a base model, a run, a checkpoint or a registered model.
+
+    Args:
+        model: a base model's name, a run or checkpoint folder, or `name`, `name:version`, `name@production`.
+        prompt: one user turn; `-` reads standard input.
+        interactive: chat; an empty line or Ctrl-D ends it.
+        system: a system message before it.
+        n: answers.
+        max_tokens: tokens per answer at the most.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with this mass.
+        stop: a text that ends the answer; may be given again.
+        seed: the same seed gives the same answers.
+        backend: local or fake.
+    """
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop or ()), seed=seed)
+    if prompt is None and not interactive:
+        raise ConfigError("There is no prompt. Give one after the model, `-` for standard input, or -i for a chat.")
+    with connect(backend) as engine:
+        asked = engine.sampler(resolve_model(model))
+        first = (Message(role="system", content=system),) if system else ()
+        if interactive:
+            talk = chat(asked, params, first)
+            return Reply(talk, "" if sys.stdin.isatty() else "\n".join(answer.text for answer in talk))
+        words = sys.stdin.read() if prompt == "-" else prompt or ""
+        answers = asked.sample((*first, Message(role="user", content=words)), params, n).result()
+    return Reply(answers, "\n---\n".join(answer.text for answer in answers))
+
+
+def score(
+    model: str, /, *, dataset: str = "minifact", split: str = "test", task: str | None = None, limit: int | None = None, against: str | None = None,
+    scorers: list[str] | None = None, perplexity: bool = False, max_tokens: int = 32, folder: Path | None = None, backend: str = "local",
+) -> Reply:  # fmt: skip
+    """Score a model on a data set, alone or paired with another.
+
+    Args:
+        model: a base model's name, a run or checkpoint folder, or a registered model.
+        dataset: name or path.
+        split: train, dev or test.
+        task: where the data set has several.
+        limit: the first examples only.
+        against: a second model that answers the same examples; the difference is model − against.
+        scorers: names; `label_accuracy` where none is given.
+        perplexity: also the targets' perplexity.
+        max_tokens: tokens per answer at the most; answers are greedy.
+        folder: keeps each row, so that an interrupted evaluation goes on.
+        backend: local or fake.
+    """
+    rows = load_data(DataChoice(name=dataset, task=task, limit=limit), split)
+    params, asked = SamplingParams(max_tokens=max_tokens, temperature=0.0), tuple(scorers or ("label_accuracy",))
+
+    found: dict[str, Evaluation] = {}
+    with connect(backend) as engine, progress_bar() as bar:
+        for label, name in (("model", model), ("against", against)):
+            if name is not None:
+                kept = folder / label if folder else None
+                told = partial(bar.stage, name)
+                asking = engine.sampler(resolve_model(name))
+                found[name] = evaluate(asking, rows, asked, params=params, label=name, perplexity=perplexity, in_flight=8, folder=kept, progress=told)
+    parts = [part for name, one in found.items() for part in (name, show.estimates(one.estimates))]
+    if against is None:
+        return Reply({"evaluation": found[model]}, Group(*parts))
+    findings = [compare(found[against], found[model], name) for name in asked]
+    return Reply({"evaluation": found[model], "against": found[against], "findings": findings}, Group(*parts, *map(show.finding_text, findings)))
+
+
+def runs(folder: Path | None = None, /) -> Reply:
+    """List the runs of the workspace, or show one.
+
+    Args:
+        folder: a run folder, or a workspace (`runs`).
+    """
+    root = folder or places().runs
+    if folder is not None and not folder.is_dir():
+        raise NotFoundError(f"There is no folder {str(folder)!r}. List the runs of the workspace: crucible runs")
+    if (root / "run.json").exists():
+        one = read_run(root)
+        return Reply(
+            one, show.table(("key", "value"), [*{"status": one.status, "base model": one.base_model, "steps": one.steps}.items(), *one.metrics.items()], "")
+        )
+    found = list_runs(root)
+    rows = [(one.name, one.status, one.steps, one.base_model, show.figure(one.metrics.get("train/loss")), show.when(one.created_at)) for one in found]
+    return Reply(found, show.table(("run", "status", "steps", "base model", "train/loss", "made"), rows, f"No runs in {root}. Make one: crucible demo --quick"))
+
+
+def report(folder: Path, /) -> Reply:
+    """Write report.html and report.md of a run.
+
+    Args:
+        folder: the run folder.
+    """
+    paths = write_report(folder)
+    return Reply({"paths": [str(path) for path in paths]}, "\n".join(map(str, paths)))
+
+
+def datasets() -> Reply:
+    """List the data sets that have a name."""
+    found = known_datasets()
+    rows = [(one.name, ", ".join(one.splits), ", ".join(one.tasks), one.licence, one.missing or one.where[0].parent) for one in found]
+    shown = show.table(("data set", "splits", "tasks", "licence", "where"), rows, "")
+    return Reply({"datasets": list(found)}, Group(shown, "Also: any .jsonl or .csv file with prompt and completion, or chat messages."))
+
+
+def losses() -> Reply:
+    """List the registered losses."""
+    found = [resolve(name) for name in known_losses.names()]
+    plain = [{"name": one.name, "source": one.source, "needs": one.needs, "extras": list(one.extras)} for one in found]
+    return Reply({"losses": plain}, show.table(("loss", "needs", "extras", "source"), [(o.name, o.needs, ", ".join(o.extras), o.source) for o in found], ""))
+
+
+def doctor() -> Reply:
+    """Look at what a run needs: Python, packages, memory, disk, model files."""
+    checks = examine()
+    rows = [(("ok" if one.ok else "PROBLEM"), one.what, one.found, "" if one.ok else one.fix) for one in checks]
+    return Reply({"checks": list(checks)}, show.table(("", "what", "found", "fix"), rows, ""), 0 if all(one.ok for one in checks) else 78)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def _kept(run: Path) -> Checkpoints:
+    if not run.is_dir():
+        raise NotFoundError(f"There is no run folder {str(run)!r}. List the runs of the workspace: crucible runs")
+    return Checkpoints(run / "checkpoints")
+
+
+def checkpoints_list(folder: Path, /) -> Reply:
+    """List a run's checkpoints.
+
+    Args:
+        folder: the run folder.
+    """
+    kept = _kept(folder)
+    rows = [(c.name, c.step, show.figure(c.metrics.get("train/loss")), show.size(c.size_bytes), "pinned" if c.pinned else "") for c in kept.list()]
+    broken = "".join(f"\nnot sound: {path} ({why})" for path, why in kept.broken())
+    shown = show.table(("checkpoint", "step", "train/loss", "size", ""), rows, f"No checkpoints in {folder}.")
+    return Reply({"checkpoints": list(kept.list()), "broken": [str(path) for path, _ in kept.broken()]}, Group(shown, broken) if broken else shown)
+
+
+def checkpoints_best(folder: Path, /, *, metric: str = "train/loss", direction: Literal["min", "max"] = "min") -> Reply:
+    """The best checkpoint by a metric.
+
+    Args:
+        folder: the run folder.
+        metric: one that was written with the checkpoints.
+        direction: whether less or more is better.
+    """
+    best = _kept(folder).best(metric, direction)
+    return Reply(best, f"{best.name}: {metric} {show.figure(best.metrics[metric])}\n{best.local_path}")
+
+
+def checkpoints_verify(folder: Path, /) -> Reply:
+    """Compare every byte of a run's checkpoints with what was saved.
+
+    Args:
+        folder: the run folder, or one checkpoint's.
+    """
+    if (folder / "manifest.json").exists():
+        return Reply(load_checkpoint(folder), f"{folder}: sound")
+    kept = _kept(folder)
+    for one in kept.list():
+        kept.verify(one)
+    for path, why in kept.broken():
+        raise CorruptError(f"{str(path)!r} is not sound: {why}")
+    return Reply({"verified": [one.name for one in kept.list()]}, f"{len(kept.list())} checkpoints, every byte as it was saved.")
+
+
+def checkpoints_prune(folder: Path, /, *, keep: int = 3, metric: str = "train/loss", direction: Literal["min", "max"] = "min") -> Reply:
+    """Remove old checkpoints; the newest, the best, the pinned and their parents stay.
+
+    Args:
+        folder: the run folder.
+        keep: how many of the newest stay.
+        metric: what the best is judged by.
+        direction: whether less or more is better.
+    """
+    removed = _kept(folder).prune(keep, metric=metric, direction=direction)
+    return Reply({"removed": [one.name for one in removed]}, f"Removed {len(removed)}: {', '.join(one.name for one in removed) or 'nothing'}.")
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+def _models() -> Models:
+    return Models(places().runs / "models")
+
+
+def models_list(*, stage: Literal["none", "staging", "production", "archived"] | None = None, tag: str | None = None) -> Reply:
+    """List registered models.
+
+    Args:
+        stage: none, staging, production or archived.
+        tag: `key=value`.
+    """
+    key, value = _pair(tag) if tag else ("", "")
+    found = _models().find(stage=stage, tags={key: value} if tag else {})
+    rows = [
+        (f"{o.name}:{o.version}", o.stage, o.checkpoint.base_model, ", ".join(f"{k}={v}" for k, v in o.tags.items()), show.when(o.created_at)) for o in found
+    ]
+    return Reply({"models": list(found)}, show.table(("model", "stage", "base model", "tags", "registered"), rows, "No models are registered."))
+
+
+def models_register(checkpoint: str, name: str, /, *, description: str = "", tag: list[str] | None = None) -> Reply:
+    """Register a run's latest checkpoint, or a checkpoint folder, under a name.
+
+    Args:
+        checkpoint: a run or checkpoint folder.
+        name: of the model; each registration is a new version.
+        description: one sentence.
+        tag: `key=value`; may be given again.
+    """
+    found = resolve_model(checkpoint)
+    if isinstance(found, str):
+        raise ConfigError(f"{checkpoint!r} is neither a run nor a checkpoint folder. List runs: crucible runs")
+    made = _models().register(found, name=name, tags=dict(_pair(one) for one in tag or ()), description=description)
+    return Reply(made, f"{made.name}:{made.version}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not (key and sign):
+        raise ConfigError(f"The tag {text!r} has no value; expected key=value.")
+    return key, value
+
+
+def models_show(reference: str, /) -> Reply:
+    """Show a registered model and where it comes from.
+
+    Args:
+        reference: `name`, `name:version` or `name@stage`.
+    """
+    one, above = _models().get(reference), _models().lineage(reference)
+    about = {"model": f"{one.name}:{one.version}", "stage": one.stage, "base model": one.checkpoint.base_model, "description": one.description}
+    scores = {key: show.figure(value) for key, value in one.metrics.items()}
+    rows = [*about.items(), *one.tags.items(), *scores.items(), ("files", one.checkpoint.local_path), ("made from", ", ".join(one.parents))]
+    return Reply({"model": one, "lineage": above}, show.table(("key", "value"), rows, ""))
+
+
+def models_tag(reference: str, tags: list[str], /) -> Reply:
+    """Put tags on a registered model.
+
+    Args:
+        reference: `name`, `name:version` or `name@stage`.
+        tags: `key=value` each.
+    """
+    made = _models().tag(reference, dict(_pair(one) for one in tags))
+    return Reply(made, ", ".join(f"{key}={value}" for key, value in made.tags.items()))
+
+
+def models_promote(reference: str, stage: Literal["none", "staging", "production", "archived"], /) -> Reply:
+    """Move a registered model to a stage; the production version before it is archived.
+
+    Args:
+        reference: `name`, `name:version` or `name@stage`.
+        stage: where to.
+    """
+    made = _models().promote(reference, stage)
+    return Reply(made, f"{made.name}:{made.version} is now in {made.stage}.")
+
+
+def register(app: App) -> None:
+    """Adds every command to the tree."""
+    for command in (demo, train, sample, report, runs, datasets, losses, doctor):
+        app.command(command)
+    app.command(score, name="eval")
+    groups: dict[str, tuple[str, dict[str, Callable[..., Reply]]]] = {
+        "checkpoints": (
+            "List, verify and prune a run's checkpoints.",
+            {"list": checkpoints_list, "best": checkpoints_best, "verify": checkpoints_verify, "prune": checkpoints_prune},
+        ),
+        "models": (
+            "Register, find, tag and promote models.",
+            {"list": models_list, "register": models_register, "show": models_show, "tag": models_tag, "promote": models_promote},
+        ),
+    }
+    for name, (doc, commands) in groups.items():
+        group = App(name=name, help=doc)
+        for verb, function in commands.items():
+            group.command(function, name=verb)
+        app.command(group)

@@ -1,0 +1,173 @@
+"""The whole way in one call: base evaluated, adapter trained, saved and registered, sampled, evaluated on the same items, compared, reported.
+
+Everything is kept in one run folder; a second call there continues where the first one ended and repeats nothing that is on disk. The
+demo knows no more than its parts: each step is one call that a reader can copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, cast
+
+from . import files
+from .backends import connect
+from .config import differing_keys, to_dict
+from .data import load_dataset
+from .errors import ConfigError, NotFoundError
+from .evaluation import compare, evaluate
+from .protocols import Backend
+from .records import (
+    AdamConfig,
+    Checkpoint,
+    Dataset,
+    Evaluation,
+    Finding,
+    Json,
+    LoraConfig,
+    ModelVersion,
+    SamplingParams,
+    TrainConfig,
+    TrainingResult,
+    record,
+)
+from .reports import write_report
+from .store import Models
+from .training import Callback, Trainer
+
+__all__ = ["DemoResult", "run_demo"]
+
+ANSWER = SamplingParams(max_tokens=20, temperature=0.0)
+SHOWN = 12
+STEPS = 120
+Stage = Literal["base", "training", "adapter", "report"]
+
+
+@record
+class DemoResult:
+    """What the demo found. `finding.effect` is adapter − base label accuracy on the same claims, clustered by passage."""
+
+    training: TrainingResult
+    base: Evaluation
+    adapter: Evaluation
+    finding: Finding
+    model: ModelVersion
+    report: Path
+
+    @property
+    def better(self) -> bool:
+        """Whether the whole interval of the difference lies above zero."""
+        return self.finding.interval[0] > 0
+
+
+def demo_config(base_model: str, *, quick: bool, seed: int = 0) -> TrainConfig:
+    """What the demo trains: LoRA on all linear layers, one passage with its claims a step."""
+    lora = LoraConfig(rank=16, alpha=32.0, dropout=0.05, target_modules=("all-linear",), seed=seed)
+    adam = AdamConfig(lr=1e-2 if quick else 2.5e-3)
+    return TrainConfig(
+        base_model=base_model, lora=lora, adam=adam, batch_size=9, max_steps=STEPS, warmup_steps=5, schedule="linear", batching="prefix",
+        checkpoint_interval=STEPS // 4, max_length=1024, seed=seed,
+    )  # fmt: skip
+
+
+def run_demo(
+    dataset: str = "minifact",
+    *,
+    base_model: str | None = None,
+    folder: str | Path = "runs/demo",
+    quick: bool = False,
+    seed: int = 0,
+    callbacks: tuple[Callback, ...] = (),
+    progress: Callable[[Stage, int, int], None] | None = None,
+    command: str = "crucible demo",
+) -> DemoResult:
+    """Fine-tunes an adapter to judge claims and says with a paired interval whether it beats its base.
+
+    Args:
+        dataset: one with a `verify` task: "minifact" (shipped) or "scifact" (needs its files, see `load_dataset`).
+        base_model: "smollm2-135m", or "tiny" with `quick`, where None.
+        folder: the run folder; a finished or interrupted demo there is continued.
+        quick: few examples and, unless `base_model` says otherwise, the built-in tiny model: under 90 seconds on two cores.
+        seed: of the adapter, the dropout and the batches.
+        callbacks: for the trainer.
+        progress: called with (stage, done, in all) during evaluations.
+        command: recorded in the report.
+
+    Raises:
+        DataError: the files of the data set are not there; the message says where to put them.
+        ConfigError: the folder holds another run.
+    """
+    folder = Path(folder)
+    base_model = base_model or ("tiny" if quick else "smollm2-135m")
+    limit = 90 if quick else 600
+    train = load_dataset(dataset, split="train", task="verify", limit=limit)
+    test = load_dataset(dataset, split="test", task="verify", limit=54 if quick else 162)
+    config = demo_config(base_model, quick=quick, seed=seed)
+    _check_folder(folder, config)
+
+    def told(stage: Stage) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+    def judged(backend: Backend, model: str | Checkpoint, label: Literal["base", "adapter"]) -> Evaluation:
+        scorers = ("label_accuracy", "exact_match")
+        return evaluate(backend.sampler(model), test, scorers, params=ANSWER, label=label, folder=folder / "eval" / label, in_flight=9, progress=told(label))
+
+    with connect("local") as backend:
+        base = judged(backend, base_model, "base")
+        with Trainer(backend, config, folder=folder, callbacks=callbacks, resume=True, command=command) as trainer:
+            training = trainer.train(train)
+            if training.checkpoint is None or training.stopped == "signal":
+                raise KeyboardInterrupt
+        adapter = judged(backend, training.checkpoint, "adapter")
+    finding = compare(base, adapter, "label_accuracy")
+    model = _registered(folder, training.checkpoint, adapter)
+    files.write_json(folder / "findings.json", {"findings": [to_dict(finding)]})
+    files.write_json(folder / "samples.json", {"samples": _samples(test, base, adapter)})
+    report = next(path for path in write_report(folder) if path.suffix == ".html")
+    return DemoResult(training=training, base=base, adapter=adapter, finding=finding, model=model, report=report)
+
+
+def _check_folder(folder: Path, config: TrainConfig) -> None:
+    """Says so before the base model is evaluated, not after, when the folder belongs to another run."""
+    try:
+        there = files.read_json(folder / "config.json")
+    except NotFoundError:
+        return
+    keys = differing_keys(cast("dict[str, Json]", there), cast("dict[str, Json]", to_dict(config)))
+    if keys:
+        raise ConfigError(f"{str(folder)!r} holds another run (it differs in {', '.join(keys)}). Choose another folder with --folder, or remove it.")
+
+
+def _registered(folder: Path, checkpoint: Checkpoint, adapter: Evaluation) -> ModelVersion:
+    models = Models(folder.parent / "models")
+    tags = {"dataset": adapter.card.name, "run": folder.name, "checkpoint_sha256": checkpoint.sha256}
+    for version in models.find(tags={"checkpoint_sha256": checkpoint.sha256}):
+        return version
+    accuracy = adapter["label_accuracy"]
+    return models.register(
+        checkpoint,
+        name=folder.name,
+        tags=tags,
+        metrics={"label_accuracy": accuracy.value},
+        description=f"Judges claims; made by the demo from {checkpoint.base_model}.",
+    )
+
+
+def _samples(test: Dataset, base: Evaluation, adapter: Evaluation) -> list[Json]:
+    """The same items' completions side by side: the first claim of each document in turn, so that no answer is chosen by hand."""
+    pairs = {item.id: (item, other) for item, other in zip(base.items, adapter.items, strict=True) if item.id == other.id}
+    seen: dict[str, int] = {}
+    ranked: list[tuple[int, str]] = []
+    for item in base.items:
+        rank = seen.setdefault(item.document, 0)
+        seen[item.document] += 1
+        ranked.append((rank, item.id))
+    chosen = [identity for _, identity in sorted(ranked, key=lambda pair: pair[0])][:SHOWN]
+    prompts = {example.id: example.prompt for example in test}
+    return [
+        {
+            "id": identity, "document": pairs[identity][0].document, "prompt": to_dict(prompts[identity]), "target": pairs[identity][0].target,
+            "base": pairs[identity][0].completion, "adapter": pairs[identity][1].completion,
+        }
+        for identity in chosen
+    ]  # fmt: skip
