@@ -7,6 +7,7 @@ demo knows no more than its parts: each step is one call that a reader can copy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -39,7 +40,6 @@ __all__ = ["DemoResult", "run_demo"]
 
 ANSWER = SamplingParams(max_tokens=20, temperature=0.0)
 SHOWN = 12
-STEPS = 120
 Stage = Literal["base", "training", "adapter", "report"]
 
 
@@ -60,13 +60,13 @@ class DemoResult:
         return self.finding.interval[0] > 0
 
 
-def demo_config(base_model: str, *, quick: bool, seed: int = 0) -> TrainConfig:
-    """What the demo trains: LoRA on all linear layers, one passage with its claims a step."""
+def demo_config(base_model: str, dataset: str, *, quick: bool, seed: int = 0) -> TrainConfig:
+    """What the demo trains: LoRA on all linear layers, claims about one passage together. Abstracts are longer, so fewer of them fit the time."""
     lora = LoraConfig(rank=16, alpha=32.0, dropout=0.05, target_modules=("all-linear",), seed=seed)
-    adam = AdamConfig(lr=1e-2 if quick else 2.5e-3)
+    steps, size, length = (120, 9, 1024) if quick or dataset == "minifact" else (60, 6, 512)
     return TrainConfig(
-        base_model=base_model, lora=lora, adam=adam, batch_size=9, max_steps=STEPS, warmup_steps=5, schedule="linear", batching="prefix",
-        checkpoint_interval=STEPS // 4, max_length=1024, seed=seed,
+        base_model=base_model, lora=lora, adam=AdamConfig(lr=1e-2 if quick else 2.5e-3), batch_size=size, max_steps=steps, warmup_steps=5,
+        schedule="linear", batching="prefix", checkpoint_interval=steps // 4, max_length=length, seed=seed,
     )  # fmt: skip
 
 
@@ -102,15 +102,21 @@ def run_demo(
     limit = 90 if quick else 600
     train = load_dataset(dataset, split="train", task="verify", limit=limit)
     test = load_dataset(dataset, split="test", task="verify", limit=54 if quick else 162)
-    config = demo_config(base_model, quick=quick, seed=seed)
+    config = demo_config(base_model, dataset, quick=quick, seed=seed)
     _check_folder(folder, config)
-
-    def told(stage: Stage) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(stage, done, total)
 
     def judged(backend: Backend, model: str | Checkpoint, label: Literal["base", "adapter"]) -> Evaluation:
         scorers = ("label_accuracy", "exact_match")
-        return evaluate(backend.sampler(model), test, scorers, params=ANSWER, label=label, folder=folder / "eval" / label, in_flight=9, progress=told(label))
+        return evaluate(
+            backend.sampler(model),
+            test,
+            scorers,
+            params=ANSWER,
+            label=label,
+            folder=folder / "eval" / label,
+            in_flight=9,
+            progress=None if progress is None else partial(progress, label),
+        )
 
     with connect("local") as backend:
         base = judged(backend, base_model, "base")

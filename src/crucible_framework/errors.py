@@ -17,31 +17,39 @@ stands on the class, so that whoever catches an error knows it too. This file do
     │   ├ CorruptError                           74
     │   ├ LockedError                            75
     │   └ StorageFullError                       74
-    ├ InferenceError                             70
+    ├ InferenceError                             70   ── AllMembersFailedError (causes) · NoConsensusError (verdict)
     ├ StatisticsError (ValueError)               65   ── TooFewError
+    ├ ExperimentError (RuntimeError)             70
+    │   ├ BudgetExceeded                         75
+    │   └ PlanChangedError                        2
     └ UnsafeError (RuntimeError)                 78
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 __all__ = [
+    "AllMembersFailedError",
     "AuthError",
     "BackendError",
+    "BudgetExceeded",
     "CapabilityError",
     "ChecksumError",
     "ConfigError",
     "CorruptError",
     "CrucibleError",
     "DataError",
+    "ExperimentError",
     "FormatError",
     "InferenceError",
     "LockedError",
+    "NoConsensusError",
     "NotFoundError",
     "NumericError",
+    "PlanChangedError",
     "ServiceError",
     "SessionClosedError",
     "StatisticsError",
@@ -173,6 +181,28 @@ class InferenceError(CrucibleError, RuntimeError):
     """Sampling gave no usable answer."""
 
 
+class AllMembersFailedError(InferenceError):
+    """Too few members of an ensemble, or no leg of a hedged request, gave an answer. `causes` maps who was asked to why there is none."""
+
+    def __init__(self, message: str, causes: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.causes = dict(causes or {})
+
+    def __reduce__(self) -> tuple[type[AllMembersFailedError], tuple[str, dict[str, str]]]:
+        return type(self), (str(self), self.causes)
+
+
+class NoConsensusError(InferenceError):
+    """The members answered, but the voting rule gives no winner; `verdict` holds their ballots."""
+
+    def __init__(self, message: str, verdict: object = None) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+
+    def __reduce__(self) -> tuple[type[NoConsensusError], tuple[str, object]]:
+        return type(self), (str(self), self.verdict)
+
+
 class StatisticsError(CrucibleError, ValueError):
     """The data do not allow the statistic that was asked."""
 
@@ -181,6 +211,22 @@ class StatisticsError(CrucibleError, ValueError):
 
 class TooFewError(StatisticsError):
     """Too few observations for the statistic; the message says how many are needed."""
+
+
+class ExperimentError(CrucibleError, RuntimeError):
+    """A study cannot be run or read."""
+
+
+class BudgetExceeded(ExperimentError):  # noqa: N818 - named for what happened, as in the design
+    """The study's budget is used up; every finished cell is kept, and a larger budget goes on from there."""
+
+    exit_code = 75
+
+
+class PlanChangedError(ExperimentError):
+    """The study's folder was begun with another plan; the message names the keys that differ."""
+
+    exit_code = 2
 
 
 class UnsafeError(CrucibleError, RuntimeError):

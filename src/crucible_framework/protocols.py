@@ -11,20 +11,29 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .records import (
     AdamConfig,
+    Ballot,
     Batch,
     Capabilities,
     Checkpoint,
     Completion,
     Datum,
     Example,
+    HedgeDecision,
+    HedgeOutcome,
+    HedgeRequest,
+    Json,
     LoraConfig,
     OptimOutput,
     Prompt,
     SamplingParams,
     Score,
     StepOutput,
+    Verdict,
     record,
 )
 
@@ -36,14 +45,17 @@ __all__ = [
     "Clock",
     "GradientHook",
     "Gradients",
+    "HedgePolicy",
     "Loss",
     "LossFn",
     "Report",
+    "Router",
     "Sampler",
     "Schedule",
     "Scorer",
     "Tokenizer",
     "TrainingSession",
+    "Vote",
 ]
 
 LossFn: TypeAlias = "Callable[[Sequence[Datum], Sequence[Tensor]], tuple[Tensor, dict[str, float]]]"
@@ -181,3 +193,34 @@ class Clock(Protocol):
     def call_later(self, delay_s: float, fn: Callable[[], None]) -> Callable[[], None]:
         """Calls `fn` once after `delay_s`; returns a function that cancels it."""
         ...
+
+
+Vote: TypeAlias = Callable[[Sequence[Ballot]], Verdict]
+"""A voting rule: the same verdict for every order of the ballots. It raises InferenceError where no ballot was cast at all."""
+
+
+class HedgePolicy(Protocol):
+    """When to send a request a second time. Called on many threads, so it must guard its state, and be quick."""
+
+    def plan(self, request: HedgeRequest) -> HedgeDecision:
+        """After a leg has started: when the next one may start, or never. The sampler's budget has the last word."""
+        ...
+
+    def observe(self, outcome: HedgeOutcome) -> None:
+        """Learns from a request whose every leg has ended or was given up."""
+        ...
+
+
+class Router(Protocol):
+    """Which model answers a request. `observe` follows every `choose`, in any order."""
+
+    def choose(self, names: Sequence[str], context: NDArray[np.float64] | None = None) -> str: ...
+    def observe(self, name: str, *, reward: float, cost: float, latency_s: float, ok: bool, context: NDArray[np.float64] | None = None) -> None:
+        """`reward` is in [0, 1]; 0 where the model failed."""
+        ...
+
+    def state(self) -> dict[str, Json]:
+        """All that was learned, as JSON values."""
+        ...
+
+    def restore(self, state: Mapping[str, Json]) -> None: ...

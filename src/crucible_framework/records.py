@@ -19,6 +19,7 @@ from .errors import ConfigError, DataError, UnknownNameError
 
 __all__ = [
     "AdamConfig",
+    "Ballot",
     "Batch",
     "Capabilities",
     "Checkpoint",
@@ -31,6 +32,10 @@ __all__ = [
     "Example",
     "FileCard",
     "Finding",
+    "HedgeDecision",
+    "HedgeLeg",
+    "HedgeOutcome",
+    "HedgeRequest",
     "Json",
     "LoraConfig",
     "Message",
@@ -43,6 +48,7 @@ __all__ = [
     "StepOutput",
     "TrainConfig",
     "TrainingResult",
+    "Verdict",
     "record",
 ]
 
@@ -344,7 +350,7 @@ class StepOutput:
     Attributes:
         loss: nats per weight: the summed loss divided by `weight`.
         weight: the sum of the batch's weights (1 where all are zero).
-        logprobs: per datum, float32 of the shape of its targets: log p(target | prefix).
+        logprobs: per datum, float32 of the shape of its targets: log p(target | prefix); 0 where the weight is 0 and nothing was computed.
         metrics: what the loss reported.
     """
 
@@ -493,3 +499,114 @@ class Finding:
     source: str
     level: float = 0.95
     clusters: int | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------- inference
+@record
+class Ballot:
+    """What one member of an ensemble said.
+
+    Attributes:
+        member: who was asked.
+        answer: the answer in its normal form, by which answers are compared; None is an abstention, or a failure where `error` says why.
+        text: the answer as it was given.
+        confidence: mean probability of the tokens, in [0, 1]; None where it is unknown, which is no number.
+        weight: how much this ballot counts where the rule weighs.
+        ranking: further answers in normal form, best first, where the member ranked several (its first is `answer`).
+        error: why there is no answer; "" where the member answered or abstained.
+        cost: in the pool's currency; None where no price is known.
+    """
+
+    member: str
+    answer: str | None
+    text: str = ""
+    confidence: float | None = None
+    weight: float = 1.0
+    ranking: tuple[str, ...] = ()
+    error: str = ""
+    latency_s: float = 0.0
+    cost: float | None = None
+    completion: Completion | None = None
+
+    def __post_init__(self) -> None:
+        _check(self, "weight", _finite(self.weight) and self.weight >= 0, "a number of at least 0")
+        known = self.confidence is None or (_finite(self.confidence) and 0 <= self.confidence <= 1)
+        _check(self, "confidence", known, "a probability, or none where it is unknown")
+
+
+@record
+class Verdict:
+    """What an ensemble says.
+
+    Attributes:
+        answer: the winner in normal form; None where the rule abstains, and `reason` says why.
+        text: the winner as its most confident supporter gave it.
+        agreement: the winner's share of the score of all who answered or abstained, in [0, 1]; failed members are not in it.
+        probability: that the answer is right, where a rule or a calibration knows it.
+        scores: per answer, what the rule counted.
+        tied: the answers between which a seeded draw decided.
+        skipped: members that were not asked, since the outcome could no longer change, or that had been set aside.
+    """
+
+    answer: str | None
+    text: str
+    agreement: float
+    strategy: str
+    ballots: tuple[Ballot, ...]
+    probability: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    tied: tuple[str, ...] = ()
+    reason: str = ""
+    skipped: tuple[str, ...] = ()
+    duration_s: float = 0.0
+
+    @property
+    def cost(self) -> float | None:
+        """What all ballots cost together; None where a price is unknown."""
+        costs = [ballot.cost for ballot in self.ballots]
+        return None if any(cost is None for cost in costs) else sum(cost for cost in costs if cost is not None)
+
+
+@record
+class HedgeRequest:
+    """What a hedging policy sees when a leg has started. `started` counts the legs so far, `elapsed_s` since the request came."""
+
+    started: int
+    elapsed_s: float
+    in_flight: int
+    credit: float
+
+
+@record
+class HedgeDecision:
+    """Start the next leg after `delay_s`, or never where None. `probability` is that of hedging at all, before the draw."""
+
+    delay_s: float | None
+    reason: str
+    probability: float = 1.0
+
+
+@record
+class HedgeLeg:
+    """One call of a hedged request.
+
+    Attributes:
+        index: 0 is the primary.
+        started_s: after the request came.
+        latency_s: from its own start to its end, or until it was given up.
+        outcome: "won"; "lost" (answered too late); "cancelled" (given up, so that `latency_s` is only a lower bound); "failed".
+    """
+
+    index: int
+    started_s: float
+    latency_s: float
+    outcome: Literal["won", "lost", "cancelled", "failed"]
+
+
+@record
+class HedgeOutcome:
+    """How a hedged request went."""
+
+    latency_s: float
+    ok: bool
+    legs: tuple[HedgeLeg, ...]

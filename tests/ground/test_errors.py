@@ -28,8 +28,13 @@ TREE: dict[str, tuple[int, tuple[type[BaseException], ...]]] = {
     "LockedError": (75, (errors.StoreError,)),
     "StorageFullError": (74, (errors.StoreError,)),
     "InferenceError": (70, (errors.CrucibleError,)),
+    "AllMembersFailedError": (70, (errors.InferenceError,)),
+    "NoConsensusError": (70, (errors.InferenceError,)),
     "StatisticsError": (65, (errors.CrucibleError, ValueError)),
     "TooFewError": (65, (errors.StatisticsError,)),
+    "ExperimentError": (70, (errors.CrucibleError, RuntimeError)),
+    "BudgetExceeded": (75, (errors.ExperimentError,)),
+    "PlanChangedError": (2, (errors.ExperimentError,)),
     "UnsafeError": (78, (errors.CrucibleError, RuntimeError)),
 }
 

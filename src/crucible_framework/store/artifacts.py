@@ -38,7 +38,7 @@ class Artifact:
 class Artifacts:
     """The artifacts in a folder, which need not exist before the first `put`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def _lock(self) -> AbstractContextManager[None]:

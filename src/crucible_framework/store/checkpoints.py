@@ -102,7 +102,7 @@ class Checkpoints:
         before_publish: called before each publication; a run makes its metrics durable here, so that no checkpoint is newer than they.
     """
 
-    def __init__(self, folder: Path, before_publish: Callable[[], None] | None = None) -> None:
+    def __init__(self, folder: str | Path, before_publish: Callable[[], None] | None = None) -> None:
         self.folder = Path(folder)
         self._before_publish = before_publish
 

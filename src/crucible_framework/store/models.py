@@ -37,7 +37,7 @@ _CONDITION = re.compile(r"(?P<metric>\S+?)\s*(?P<sign><=|>=|==|=|<|>)\s*(?P<valu
 class Models:
     """The registry in a folder, which need not exist before the first `register`. Any number of threads and processes may use it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files = VersionFiles(self.folder)
         self._index = Index(self.folder / ".index.sqlite", self._files.rows)

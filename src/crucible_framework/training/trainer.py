@@ -29,7 +29,7 @@ from ..protocols import Backend, GradientHook, Loss, LossFn, Sampler, TrainingSe
 from ..records import Batch, Capabilities, Checkpoint, Dataset, Datum, Json, LoraConfig, OptimOutput, StepOutput, TrainConfig, TrainingResult, record
 from ..store import Run, open_run
 from .environment import describe_environment, peak_memory_bytes
-from .schedules import learning_rate
+from .rates import learning_rate
 from .signals import stop_on_signal
 
 __all__ = ["Callback", "Progress", "Trainer"]

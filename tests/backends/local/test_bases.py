@@ -154,7 +154,7 @@ def test_a_manifest_is_checked(qwen: Path, tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(bytes(raw))
-    with pytest.raises(CorruptError, match="is damaged: .* Delete that folder"):
+    with pytest.raises(CorruptError, match=r"is damaged: .* Delete that folder"):
         load(published, tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
 
     config = BertConfig(vocab_size=320, hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     folder = save_model(tmp_path / "bert", BertModel(config), 0)
-    with pytest.raises((ConfigError, CorruptError), match="Expected|Use|again"):
+    with pytest.raises((ConfigError, CorruptError), match=r"Expected|Use|again"):
         load(folder, tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from crucible_framework.backends import backends, connect
+from crucible_framework.backends import Connection, backends, connect
 from crucible_framework.backends.local import LocalBackend
 from crucible_framework.errors import ConfigError, SessionClosedError, UnknownNameError
 from crucible_framework.records import AdamConfig, LoraConfig, SamplingParams
@@ -20,6 +20,11 @@ from .models_for_tests import CE, batch
 def test_importing_backends_loads_no_torch() -> None:
     code = "import sys, crucible_framework.backends as b; b.backends.names(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def _fits(backend: LocalBackend) -> Connection:
+    """The type checker holds the backend, its sessions and its samplers to the contract."""
+    return backend
 
 
 def test_known_backends() -> None:

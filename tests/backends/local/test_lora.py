@@ -62,7 +62,8 @@ def test_init_is_kaiming_uniform_and_zero_and_private() -> None:
 
 def test_layers_add_the_active_adapter_and_dropout_is_unbiased() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    first, second = nn.Linear(4, 3), nn.Linear(3, 2)
+    model = nn.Sequential(first, second)
     x = torch.randn(5, 4)
     plain = model(x).detach()
     slot, layers = install(model)
@@ -71,8 +72,8 @@ def test_layers_add_the_active_adapter_and_dropout_is_unbiased() -> None:
     adapter = {tensor_name("0", "A"): torch.randn(2, 4), tensor_name("0", "B"): torch.randn(3, 2)}
     with slot.using(Active(adapter, scale=0.5)):
         found = model(x)
-    merged = model[0].weight + 0.5 * adapter[tensor_name("0", "B")] @ adapter[tensor_name("0", "A")]
-    expected = model[1].linear(x @ merged.T + model[0].linear.bias)
+    merged = first.weight + 0.5 * adapter[tensor_name("0", "B")] @ adapter[tensor_name("0", "A")]
+    expected = second(x @ merged.T + first.bias)
     torch.testing.assert_close(found, expected)
     assert torch.equal(model(x), plain)
     generator = torch.Generator().manual_seed(1)

@@ -72,7 +72,7 @@ def test_loss_gradients_and_saved_adapter(shared: LocalBackend, name: str, targe
     output = session.forward_backward(data, loss)
     session.optim_step(AdamConfig(lr=0.0), capture(found)).result()
     expected = peft_loss(model, data)
-    expected.backward()
+    torch.autograd.backward(expected)
     theirs = {key.replace(".default", ""): parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
     assert output.result().loss * output.result().weight == pytest.approx(float(expected.detach()), rel=1e-5)
     assert found.keys() == theirs.keys()

