@@ -17,7 +17,6 @@ from .config import differing_keys, to_dict
 from .data import load_dataset
 from .errors import ConfigError, NotFoundError
 from .evaluation import compare, evaluate
-from .protocols import Backend
 from .records import (
     AdamConfig,
     Checkpoint,
@@ -39,6 +38,7 @@ from .training import Callback, Trainer
 __all__ = ["DemoResult", "run_demo"]
 
 ANSWER = SamplingParams(max_tokens=20, temperature=0.0)
+SCORERS = ("label_accuracy", "exact_match")
 SHOWN = 12
 Stage = Literal["base", "training", "adapter", "report"]
 
@@ -105,26 +105,18 @@ def run_demo(
     config = demo_config(base_model, dataset, quick=quick, seed=seed)
     _check_folder(folder, config)
 
-    def judged(backend: Backend, model: str | Checkpoint, label: Literal["base", "adapter"]) -> Evaluation:
-        scorers = ("label_accuracy", "exact_match")
-        return evaluate(
-            backend.sampler(model),
-            test,
-            scorers,
-            params=ANSWER,
-            label=label,
-            folder=folder / "eval" / label,
-            in_flight=9,
-            progress=None if progress is None else partial(progress, label),
-        )
+    def judged(model: str | Checkpoint, label: Literal["base", "adapter"]) -> Evaluation:
+        told = None if progress is None else partial(progress, label)
+        where = folder / "eval" / label
+        return evaluate(backend.sampler(model), test, SCORERS, params=ANSWER, label=label, folder=where, in_flight=9, progress=told)
 
     with connect("local") as backend:
-        base = judged(backend, base_model, "base")
+        base = judged(base_model, "base")
         with Trainer(backend, config, folder=folder, callbacks=callbacks, resume=True, command=command) as trainer:
             training = trainer.train(train)
             if training.checkpoint is None or training.stopped == "signal":
                 raise KeyboardInterrupt
-        adapter = judged(backend, training.checkpoint, "adapter")
+        adapter = judged(training.checkpoint, "adapter")
     finding = compare(base, adapter, "label_accuracy")
     model = _registered(folder, training.checkpoint, adapter)
     files.write_json(folder / "findings.json", {"findings": [to_dict(finding)]})
