@@ -239,18 +239,21 @@ def test_missing_files_say_how_to_get_them(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- what is where
 def test_datasets_say_what_is_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    minifact, scifact = datasets()
+    def listed(name: str, data: Path | None = None) -> Listing:
+        return next(listing for listing in datasets(data) if listing.name == name)
+
+    minifact, scifact = listed("minifact"), listed("scifact")
     assert (minifact.name, minifact.tasks, minifact.splits, minifact.missing) == ("minifact", ("verify",), SPLITS, "")
     assert [path.name for path in minifact.where] == ["passages.jsonl", "claims.jsonl"]
     assert all(path.is_file() for path in minifact.where)
     assert (scifact.name, scifact.tasks, scifact.where) == ("scifact", ("verify", "extract"), ())
     assert "CRUCIBLE_DATA" in scifact.missing
     cached = make(places().cache / "data" / "scifact", [], [], [])
-    assert datasets()[1].where[0].parent == cached
+    assert listed("scifact").where[0].parent == cached
     monkeypatch.setenv("CRUCIBLE_DATA", str(tmp_path))
     mine = make(tmp_path / "scifact", [], [], [])
-    assert datasets()[1].where[0].parent == mine
-    assert datasets(tmp_path / "elsewhere")[1].where == datasets(tmp_path / "elsewhere")[0].where == ()
+    assert listed("scifact").where[0].parent == mine
+    assert listed("scifact", tmp_path / "elsewhere").where == listed("minifact", tmp_path / "elsewhere").where == ()
 
 
 def own(split: str, task: str | None, data: Path | None) -> Dataset:
@@ -276,7 +279,7 @@ def test_a_loader_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_the_names_are_registered() -> None:
-    assert DATASETS.names() == ("minifact", "scifact")
+    assert DATASETS.names() == ("fever_symmetric", "gsm8k", "humaneval", "minifact", "mmlu", "scifact")
 
 
 # -------------------------------------------------------------------------------------------------------- the real files

@@ -197,7 +197,9 @@ def test_limits(tmp_path: Path) -> None:
 
 
 def test_names_without_a_suffix_are_data_sets() -> None:
-    with pytest.raises(UnknownNameError, match=r"No data set is called 'minifcat'\. Did you mean 'minifact'.*\? Known: minifact, scifact\. Your own: a path"):
+    with pytest.raises(
+        UnknownNameError, match=r"No data set is called 'minifcat'\. Did you mean 'minifact'.*\? Known: .*, minifact, mmlu, scifact\. Your own: a path"
+    ):
         load_dataset("minifcat")
 
 

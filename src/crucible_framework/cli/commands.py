@@ -49,10 +49,11 @@ def demo(*, dataset: str = "minifact", base_model: str | None = None, folder: Pa
     """
     with progress_bar() as bar:
         done = run_demo(dataset, base_model=base_model, folder=folder, quick=quick, seed=seed, callbacks=(bar,), progress=bar.stage, command=typed.get())
-    before, after = done.base["label_accuracy"], done.adapter["label_accuracy"]
+    asked = {"base": done.base, "base by likelihood": done.preferred, "adapter": done.adapter}
+    scores = ", ".join(f"{who} {one.value:.3f} [{one.low:.3f}, {one.high:.3f}]" for who, ran in asked.items() for one in [ran["label_accuracy"]])
     text = (
-        f"Label accuracy on {before.n} held-out claims: base {before.value:.3f} [{before.low:.3f}, {before.high:.3f}], "
-        f"adapter {after.value:.3f} [{after.low:.3f}, {after.high:.3f}].\n{show.finding_text(done.finding)}\n"
+        f"Label accuracy on {len(done.base.items)} held-out claims: {scores}.\n"
+        f"{show.finding_text(done.finding)}\n{show.finding_text(done.fair)}\n"
         f"Loss on training examples: {done.training.initial_loss:.3f} → {done.training.final_loss:.3f} nats per token in {done.training.steps} steps.\n"
         f"Registered as {done.model.name}:{done.model.version}. Ask it: crucible sample {folder} -i\nReport: {done.report}"
     )

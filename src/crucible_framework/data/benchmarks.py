@@ -23,7 +23,15 @@ _SHIPPED = Path(__file__).parent / "minifact"
 _LICENCE = "CC0-1.0"
 
 DATASETS: Registry[Source | Loader] = Registry(
-    "data set", {"scifact": "crucible_framework.data.scifact:SOURCE", "minifact": "crucible_framework.data.benchmarks:MINIFACT"}
+    "data set",
+    {
+        "fever_symmetric": "crucible_framework.data.fever:SOURCE",
+        "gsm8k": "crucible_framework.data.questions:GSM8K",
+        "humaneval": "crucible_framework.data.questions:HUMANEVAL",
+        "minifact": "crucible_framework.data.benchmarks:MINIFACT",
+        "mmlu": "crucible_framework.data.questions:MMLU",
+        "scifact": "crucible_framework.data.scifact:SOURCE",
+    },
 )
 
 

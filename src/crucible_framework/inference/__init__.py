@@ -1,5 +1,6 @@
 """Asking models: today one sampler, one prompt."""
 
+from .choices import ChoiceSampler
 from .generation import generate
 
-__all__ = ["generate"]
+__all__ = ["ChoiceSampler", "generate"]

@@ -59,7 +59,7 @@ def _findings(run: RunFiles, pair: Pair | None) -> list[Block]:
     rows = []
     told: dict[str, list[str]] = {}
     for finding in run.findings:
-        share = pair is not None and pair.share and difference_of(pair, finding) is not None
+        share = (pair is not None and pair.share and difference_of(pair, finding) is not None) or is_share(finding.name.partition(",")[0], run.arms)
         effect, ends = effect_words(finding, share=share)
         clusters = words.NOTHING if finding.clusters is None else f"{finding.clusters:,}"
         rows.append((finding.name, effect, ends + _level(finding.level), words.number(finding.p_value, 2), f"{finding.n:,}", clusters))

@@ -12,7 +12,7 @@ from .charts import dot_plot, line_chart
 from .markup import Markup, element, join, raw
 from .parts import Block, Document, DotPlot, LineChart, Listing, Note, Sample, Samples, Section, Table
 
-__all__ = ["render_html"]
+__all__ = ["render_html", "render_section"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _GROUPS = {"fixed": "only the adapter is right", "broken": "only the base is right"}
@@ -32,7 +32,7 @@ def render_html(document: Document) -> str:
         element("link", {"rel": "icon", "href": "data:,"}),
         element("style", None, raw(style)),
     )
-    sections = (_section(section) for section in document.sections)
+    sections = (render_section(section) for section in document.sections)
     footer = element("footer", None, element("p", None, "Made by Crucible Framework. Every number is read from the files of the run named beside it."))
     page = element("html", {"lang": "en"}, head, element("body", None, element("main", None, _top(document), *sections, footer)))
     return f"<!doctype html>\n{page}\n"
@@ -74,7 +74,8 @@ def _notices(document: Document) -> Markup:
     )
 
 
-def _section(section: Section) -> Markup:
+def render_section(section: Section) -> Markup:
+    """One section with its heading; other pages show it under the same style sheet."""
     heading = element("h2", {"id": f"{section.key}-heading"}, section.title)
     blocks = (_block(block, f"{section.key}{index}") for index, block in enumerate(section.blocks))
     return element("section", {"id": section.key, "aria-labelledby": f"{section.key}-heading"}, heading, *blocks)
