@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .data import Batches, datasets, load_dataset, render
     from .demo import run_demo
     from .evaluation import compare, evaluate, load_evaluation, scorers
-    from .inference import generate
+    from .inference import ChoiceSampler, generate
     from .losses import combine
     from .losses import register as register_loss
     from .losses import resolve as resolve_loss
@@ -48,7 +48,7 @@ _HOMES = {
     "data": ("Batches", "datasets", "load_dataset", "render"),
     "demo": ("run_demo",),
     "evaluation": ("compare", "evaluate", "load_evaluation", "scorers"),
-    "inference": ("generate",),
+    "inference": ("ChoiceSampler", "generate"),
     "losses": ("combine",),
     "protocols": ("Backend", "Loss", "Sampler", "TrainingSession"),
     "records": (
@@ -71,6 +71,7 @@ __all__ = [
     "Batches",
     "Checkpoint",
     "Checkpoints",
+    "ChoiceSampler",
     "Completion",
     "Dataset",
     "Datum",

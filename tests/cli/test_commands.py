@@ -142,6 +142,9 @@ def test_eval_alone_and_against_another(capsys: pytest.CaptureFixture[str]) -> N
     assert set(found) == {"evaluation", "against", "findings"}
     assert (Path("runs/a/eval/model/scores.jsonl")).exists()
     assert (Path("runs/a/eval/against/scores.jsonl")).exists()
+    chosen = asked(capsys, *words, "--choose")["evaluation"]
+    assert isinstance(chosen, dict)
+    assert {item["completion"] for item in chosen["items"]} <= {"SUPPORT", "CONTRADICT", "NOT_ENOUGH_INFO"}
     assert run(list(words)) == 0
     text = capsys.readouterr().out
     assert "label_accuracy" in text

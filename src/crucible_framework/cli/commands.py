@@ -18,8 +18,10 @@ from ..data import datasets as known_datasets
 from ..demo import run_demo
 from ..errors import ConfigError, CorruptError, NotFoundError
 from ..evaluation import compare, evaluate
+from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
 from ..losses import resolve
+from ..protocols import Sampler
 from ..records import Evaluation, Message, SamplingParams
 from ..reports import write_report
 from ..store import Checkpoints, Models, list_runs, load_checkpoint, read_run
@@ -136,7 +138,7 @@ def sample(
 
 def score(
     model: str, /, *, dataset: str = "minifact", split: str = "test", task: str | None = None, limit: int | None = None, against: str | None = None,
-    scorers: list[str] | None = None, perplexity: bool = False, max_tokens: int = 32, folder: Path | None = None, backend: str = "local",
+    scorers: list[str] | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int = 32, folder: Path | None = None, backend: str = "local",
 ) -> Reply:  # fmt: skip
     """Score a model on a data set, alone or paired with another.
 
@@ -148,6 +150,7 @@ def score(
         limit: the first examples only.
         against: a second model that answers the same examples; the difference is model − against.
         scorers: names; `label_accuracy` where none is given.
+        choose: the answer is the label that the model finds likeliest, instead of what it writes.
         perplexity: also the targets' perplexity.
         max_tokens: tokens per answer at the most; answers are greedy.
         folder: keeps each row, so that an interrupted evaluation goes on.
@@ -162,7 +165,8 @@ def score(
             if name is not None:
                 kept = folder / label if folder else None
                 told = partial(bar.stage, name)
-                asking = engine.sampler(resolve_model(name))
+                asking: Sampler = engine.sampler(resolve_model(name))
+                asking = ChoiceSampler(asking, rows.card.labels, by="mean") if choose else asking
                 found[name] = evaluate(asking, rows, asked, params=params, label=name, perplexity=perplexity, in_flight=8, folder=kept, progress=told)
     parts = [part for name, one in found.items() for part in (name, show.estimates(one.estimates))]
     if against is None:
