@@ -74,7 +74,7 @@ class DemoResult:
 def demo_config(base_model: str, dataset: str, *, quick: bool, seed: int = 0) -> TrainConfig:
     """What the demo trains: LoRA on all linear layers, claims about one passage together. Abstracts are longer, so fewer of them fit the time."""
     lora = LoraConfig(rank=16, alpha=32.0, dropout=0.05, target_modules=("all-linear",), seed=seed)
-    steps, size, length = (120, 9, 1024) if quick or dataset == "minifact" else (60, 6, 512)
+    steps, size, length = (120, 9, 1024) if quick or dataset == "minifact" else (40, 4, 512)
     return TrainConfig(
         base_model=base_model, lora=lora, adam=AdamConfig(lr=1e-2 if quick else 2.5e-3), batch_size=size, max_steps=steps, warmup_steps=5,
         schedule="linear", batching="prefix", checkpoint_interval=steps // 4, max_length=length, seed=seed,
@@ -112,7 +112,7 @@ def run_demo(
     base_model = base_model or ("tiny" if quick else "smollm2-135m")
     limit = 90 if quick else 600
     train = load_dataset(dataset, split="train", task="verify", limit=limit)
-    test = load_dataset(dataset, split="test", task="verify", limit=54 if quick else 162)
+    test = load_dataset(dataset, split="test", task="verify", limit=54 if quick else 162 if dataset == "minifact" else 90)
     config = demo_config(base_model, dataset, quick=quick, seed=seed)
     _check_folder(folder, config)
 
