@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..config import to_dict
 from ..errors import CrucibleError
-from .commands import register
+from . import commands, quality
 from .reply import Reply, typed
 
 __all__ = ["build", "run"]
@@ -37,7 +37,8 @@ def build() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    register(app)
+    for part in (commands, quality):
+        part.register(app)
     return app
 
 

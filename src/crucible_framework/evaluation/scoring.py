@@ -15,6 +15,7 @@ from decimal import Decimal
 from ..plugins import Registry
 from ..protocols import Scorer
 from ..records import Completion, Example, Score
+from .claims import cited_documents, parse_claims
 from .labels import labels_of, stated_label, target_label
 
 __all__ = [
@@ -30,7 +31,17 @@ __all__ = [
 ]
 
 _NAMES = ("exact_match", "label_accuracy", "f1", "numeric", "contains", "schema_compliance", "citation_accuracy")
-scorers: Registry[Scorer] = Registry("scorer", {name: f"crucible_framework.evaluation.scoring:{name}" for name in _NAMES})
+_CLAIM_NAMES = ("circuit_rank", "cyclic", "polarity_conflict")
+_VALIDATION_NAMES = ("chirality", "invented_documents", "validation_lexical")
+scorers: Registry[Scorer] = Registry(
+    "scorer",
+    {
+        **{name: f"crucible_framework.evaluation.scoring:{name}" for name in _NAMES},
+        **{name: f"crucible_framework.evaluation.claims:{name}" for name in _CLAIM_NAMES},
+        **{name: f"crucible_framework.evaluation.validation:{name}" for name in _VALIDATION_NAMES},
+        "passes_tests": "crucible_framework.evaluation.sandbox:passes_tests",
+    },
+)
 """Names to scorers; `scorers.register("mine")` adds one."""
 
 
@@ -133,31 +144,6 @@ def label_accuracy(example: Example, completion: Completion) -> Score:
 
 
 # -------------------------------------------------------------------------------------------------------------- claims
-_CLAIM = re.compile(r"CLAIM\[(?P<id>[^\]\s]+)\]\s*(?:\(Document\s+[0-9]+\)\s*)?:\s*\S.*", re.IGNORECASE)
-_RELATION = re.compile(r"RELATION\s*:\s*(?P<source>\S+)\s+(?:supports|refutes)\s+(?P<target>\S+)", re.IGNORECASE)
-_DOCUMENT = re.compile(r"\bDocument\s+#?([0-9]+)\b", re.IGNORECASE)
-
-
-def _schema_fault(text: str) -> str:
-    """What breaks the layout first, "" where nothing does. Relations may name claims that come later."""
-    known: list[str] = []
-    relations: list[tuple[str, str]] = []
-    for line in (line.strip() for line in text.splitlines()):
-        if claim := _CLAIM.fullmatch(line):
-            name = claim["id"].lower()
-            if name in known:
-                return f"claim {name!r} comes twice"
-            known.append(name)
-        elif relation := _RELATION.fullmatch(line):
-            relations.append((relation["source"].lower(), relation["target"].lower()))
-        elif line:
-            return f"neither CLAIM nor RELATION: {line[:60]!r}"
-    if not known or known[0] != "c1":
-        return f"the first claim is {known[0]!r}, not 'c1'" if known else "no claim"
-    unknown = next((name for pair in relations for name in pair if name not in known), None)
-    return "" if unknown is None else f"a relation names {unknown!r}, which no claim has"
-
-
 def schema_compliance(example: Example, completion: Completion) -> Score:
     """1 where the whole completion follows the claim layout; `detail` names the first fault.
 
@@ -165,8 +151,8 @@ def schema_compliance(example: Example, completion: Completion) -> Score:
     c1, no claim comes twice, and relations name claims that are there. Relations may be absent.
     """
     del example
-    fault = _schema_fault(completion.text)
-    return Score(name="schema_compliance", value=float(not fault), detail=fault)
+    faults = parse_claims(completion.text).faults
+    return Score(name="schema_compliance", value=float(not faults), detail=faults[0].text if faults else "")
 
 
 def citation_accuracy(example: Example, completion: Completion) -> Score:
@@ -174,11 +160,11 @@ def citation_accuracy(example: Example, completion: Completion) -> Score:
 
     0 where it cites none and the target does; None where neither cites. Whether a document bears the claim out is not looked at.
     """
-    cited, target = dict.fromkeys(_DOCUMENT.findall(completion.text)), _DOCUMENT.findall(example.target)
+    cited, target = cited_documents(completion.text), cited_documents(example.target)
     if not cited:
         detail = "cites nothing, the target does" if target else "nothing to cite"
         return Score(name="citation_accuracy", value=0.0 if target else None, detail=detail)
-    known = set(_DOCUMENT.findall(prompt_text(example)))
+    known = cited_documents(prompt_text(example))
     invented = [name for name in cited if name not in known]
     detail = f"not in the prompt: {', '.join(invented)}" if invented else ""
     return Score(name="citation_accuracy", value=1 - len(invented) / len(cited), detail=detail)
