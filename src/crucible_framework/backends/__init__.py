@@ -38,6 +38,7 @@ backends: Registry[Maker] = Registry(
     {
         "fake": "crucible_framework.backends.fake:FakeBackend",
         "local": "crucible_framework.backends.local:LocalBackend",
+        "tinker": "crucible_framework.backends.tinker:TinkerBackend",
     },
 )
 """All backends; other distributions add theirs under the entry-point group `crucible.backend`."""

@@ -1,0 +1,7 @@
+"""Any Tinker service as a backend, through the official SDK. Importing this loads neither torch nor the SDK."""
+
+from __future__ import annotations
+
+from .backend import TinkerBackend
+
+__all__ = ["TinkerBackend"]

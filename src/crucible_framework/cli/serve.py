@@ -1,0 +1,102 @@
+"""`crucible serve` and its keys."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from ..backends import connect
+from ..config import from_dict, load_toml, merge
+from ..server import ServeConfig, keys_of
+from ..server import serve as run_server
+from .reply import Reply
+
+__all__ = ["register"]
+
+FOLDER = Path("runs/serve")
+Models = Annotated[list[str] | None, Parameter(name="--model", help="A base model to list; may be given again.")]
+
+
+def serve(
+    config: Path | None = None, /, *, host: str | None = None, port: int | None = None, folder: Path | None = None, model: Models = None,
+    backend: str = "local", verbose: bool = False,
+) -> Reply:  # fmt: skip
+    """Serve models over the Tinker protocol and an OpenAI-compatible one, until Ctrl-C.
+
+    Args:
+        config: TOML with keys of ServeConfig, and `[aliases]`.
+        host: any address but this machine's own needs keys.
+        port: 0 takes a free one.
+        folder: runs, checkpoints and keys.
+        backend: local or fake.
+        verbose: says every few seconds who is there and what waits.
+    """
+    flags: dict[str, object] = {"host": host, "port": port, "folder": folder, "models": tuple(model) if model else None}
+    given = {key: value for key, value in flags.items() if value is not None}
+    chosen = from_dict(ServeConfig, merge(load_toml(config) if config else {}, given))
+    with connect(backend) as engine, run_server(engine, chosen, background=False) as server:
+        keys = "keys are needed" if keys_of(chosen).list() else "open to programs on this machine"
+        print(f"Serving {backend} at {server.url} ({keys}). Ctrl-C ends it.", file=sys.stderr, flush=True)
+        print(f"  export TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-local", file=sys.stderr, flush=True)
+        done = threading.Event()
+        if verbose:
+            threading.Thread(target=_watch, args=(server.status, done), daemon=True).start()
+        try:
+            server.run()
+        finally:
+            done.set()
+    return Reply({"url": server.url}, "Stopped. Checkpoints are kept.")
+
+
+def _watch(status: Callable[[], str], done: threading.Event) -> None:
+    while not done.wait(5.0):
+        print(status(), file=sys.stderr, flush=True)
+
+
+def add(name: str, /, *, folder: Path = FOLDER) -> Reply:
+    """Make a key; it is shown once.
+
+    Args:
+        name: whose it is; runs and checkpoints belong to it.
+        folder: the server's.
+    """
+    secret = keys_of(ServeConfig(folder=folder)).add(name)
+    return Reply({"name": name, "key": secret}, f"{secret}\nKeep it now: only its hash is stored.")
+
+
+def show(*, folder: Path = FOLDER) -> Reply:
+    """List keys, without their secrets.
+
+    Args:
+        folder: the server's.
+    """
+    rows = [{"name": key.name, "created_at": key.created_at, "revoked": key.revoked} for key in keys_of(ServeConfig(folder=folder)).list()]
+    return Reply(rows, "\n".join(f"{row['name']}{' (revoked)' if row['revoked'] else ''}" for row in rows) or "No keys.")
+
+
+def revoke(name: str, /, *, folder: Path = FOLDER) -> Reply:
+    """End a key at once; its runs stay.
+
+    Args:
+        name: the key's.
+        folder: the server's.
+    """
+    keys_of(ServeConfig(folder=folder)).revoke(name)
+    return Reply({"name": name, "revoked": True}, f"The key {name!r} no longer works.")
+
+
+def register(app: App) -> None:
+    """Adds the command and its own."""
+    group = App(name="serve", help="Serve models over the Tinker protocol and an OpenAI-compatible one.")
+    group.default(serve)
+    keys = App(name="keys", help="Who may use a server that others can reach.")
+    keys.command(add, name="add")
+    keys.command(show, name="list")
+    keys.command(revoke, name="revoke")
+    group.command(keys)
+    app.command(group)

@@ -1,0 +1,168 @@
+"""Bodies in, errors out, and who asks: what every route shares. This file does not know what any route does."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from .. import events
+from ..errors import AuthError, CapabilityError, ConfigError, CrucibleError, DataError, LockedError, NotFoundError, ServiceError, StoreError, UnsafeError
+from .hosts import is_loopback
+from .keys import Keys
+from .ledger import BusyError, GoneError, TooLargeError
+
+__all__ = ["Door", "Endpoint", "body_of", "json_response", "parsed"]
+
+M = TypeVar("M", bound=BaseModel)
+Endpoint: TypeAlias = Callable[[Request, str], Awaitable[Response]]
+"""(request, tenant) → response."""
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    """A JSON document."""
+    return Response(orjson.dumps(value, option=orjson.OPT_NAIVE_UTC), status, media_type="application/json")
+
+
+def _decompress(raw: bytes, encoding: str, most: int) -> bytes:
+    """The body's own bytes.
+
+    Raises:
+        TooLargeError: more than `most`.
+        DataError: it is not what the header says.
+        CapabilityError: an unknown encoding.
+    """
+    if encoding not in ("zstd", "gzip", "deflate"):
+        raise CapabilityError(f"The body has the encoding {encoding!r}; expected zstd, gzip, deflate or none.")
+    try:
+        if encoding == "zstd":
+            import zstandard
+
+            with zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(raw) as reader:
+                found = reader.read(most + 1)
+        else:
+            found = zlib.decompressobj(47 if encoding == "gzip" else 15).decompress(raw, most + 1)
+    except Exception as error:  # zlib and zstandard raise their own
+        raise DataError(f"The body is no valid {encoding}: {error}.") from error
+    if len(found) > most:
+        raise TooLargeError(f"The body has more than {most} bytes after decompression. Send less at once.")
+    return found
+
+
+async def body_of(request: Request, most: int) -> bytes:
+    """The request's body, decompressed, read no further than the limit.
+
+    Raises:
+        TooLargeError: it is larger than `most` bytes.
+        DataError: it cannot be decompressed.
+    """
+    parts, size = list[bytes](), 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise TooLargeError(f"The body has more than {most} bytes. Send less at once.")
+        parts.append(part)
+    raw = b"".join(parts)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    return raw if encoding in ("identity", "") else _decompress(raw, encoding, most)
+
+
+def parsed(model: type[M], raw: bytes) -> M:
+    """A JSON body as the SDK's own type.
+
+    Raises:
+        DataError: it is no such thing; the message names the first field.
+    """
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise DataError(f"The request does not parse as {model.__name__}: {where}: {first['msg']}.") from error
+
+
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (TooLargeError, 413),
+    (BusyError, 429),
+    (GoneError, 410),
+    (AuthError, 401),
+    (UnsafeError, 403),
+    (NotFoundError, 404),
+    (LockedError, 503),
+    (StoreError, 507),
+    (DataError, 400),
+    (ConfigError, 400),
+    (CapabilityError, 400),
+    (ServiceError, 502),
+    (CrucibleError, 400),
+)
+
+
+def error_response(error: Exception) -> Response:
+    """An error as HTTP: its sentence where we raised it, nothing of its inside where we did not."""
+    if isinstance(error, CrucibleError):
+        status = next(code for kind, code in _STATUS if isinstance(error, kind))
+        response = json_response({"detail": str(error), "error": {"message": str(error), "type": type(error).__name__, "code": status}}, status)
+        if status == 429:
+            response.headers["Retry-After"] = "1"
+        if status == 401:
+            response.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
+            response.headers["Connection"] = "close"
+        return response
+    return json_response(
+        {"detail": "An internal error; see the server's log.", "error": {"message": "internal error", "type": "InternalError", "code": 500}}, 500
+    )
+
+
+class Door:
+    """Lets known callers in, and turns errors into responses.
+
+    Without any key the server is open to programs on this machine: they must name a key, whatever it is, and a loopback host, which no web
+    page of another site can do.
+
+    Args:
+        keys: who may ask.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def tenant(self, request: Request) -> str:
+        """Who asks.
+
+        Raises:
+            AuthError: no key, or a wrong one.
+            UnsafeError: an open server was called under a name that is not this machine's.
+        """
+        bearer = request.headers.get("authorization", "")
+        secret = request.headers.get("x-api-key") or (bearer[7:].strip() if bearer.lower().startswith("bearer ") else "")
+        if not secret:
+            raise AuthError("The request has no key. Send one as X-API-Key, or as 'Authorization: Bearer'; on an open server any will do.")
+        if self._keys.list():
+            return self._keys.tenant(secret)
+        if not is_loopback(request.url.hostname or ""):
+            raise UnsafeError(
+                f"This server is open to its own machine only; {request.url.hostname!r} is another name. Make keys with `crucible serve keys add`."
+            )
+        return "local"
+
+    def guard(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+        """The endpoint behind this door."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await endpoint(request, self.tenant(request))
+            except ClientDisconnect:
+                return Response(status_code=499)
+            except Exception as error:
+                response = error_response(error)
+                if response.status_code >= 500:
+                    events.emit("server.error", path=request.url.path, error=f"{type(error).__name__}: {error}")
+                return response
+
+        return guarded

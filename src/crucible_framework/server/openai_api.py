@@ -1,0 +1,276 @@
+"""An OpenAI-compatible door to the same models: /v1/models, /v1/completions and /v1/chat/completions, whole or as server-sent events.
+
+`model` is a base model's name or a `tinker://` path of a sampler's or a training checkpoint. A streamed answer is sent when it is whole, in
+one piece per choice: backends answer whole. This file does not know training.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Annotated, Literal, cast
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from ..data.tokens import render_prompt
+from ..errors import BackendError, CapabilityError, CrucibleError, DataError, ServiceError
+from ..protocols import Sampler, Tokenizer
+from ..records import Completion, Message, Prompt, SamplingParams
+from .desk import Desk
+from .http import Endpoint, body_of, json_response, parsed
+from .ledger import JSON, Answer
+
+__all__ = ["OpenAiApi"]
+
+KEPT = 16
+"""Samplers that stay open."""
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    model: str
+    max_tokens: Annotated[int | None, Field(ge=1, le=2**20)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=100)] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    n: Annotated[int | None, Field(ge=1, le=128)] = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool | None = None
+
+    def params(self, longest: int, usual: int) -> SamplingParams:
+        """As a sampler takes them."""
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            max_tokens=min(self.max_tokens or usual, longest),
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=self.top_p or 1.0,
+            stop=tuple(text for text in stop if text),
+            seed=None if self.seed is None else self.seed % 2**63,
+        )
+
+
+class _Text(_Asked):
+    """A /v1/completions request."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: Annotated[int | None, Field(ge=0, le=5)] = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class _Turn(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_Part]
+
+
+class _Chat(_Asked):
+    """A /v1/chat/completions request."""
+
+    messages: Annotated[list[_Turn], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1, le=2**20)] = None
+
+
+def _messages(turns: Sequence[_Turn]) -> tuple[Message, ...]:
+    def text(content: str | list[_Part]) -> str:
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+    return tuple(Message(role="system" if turn.role == "developer" else turn.role, content=text(turn.content)) for turn in turns)
+
+
+class OpenAiApi:
+    """One method per route.
+
+    Args:
+        desk: gives samplers, and takes the requests.
+    """
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._open: OrderedDict[tuple[str, str], tuple[Sampler, str]] = OrderedDict()
+
+    @property
+    def routes(self) -> list[tuple[str, str, Endpoint]]:
+        """(method, path, endpoint)."""
+        return [
+            ("GET", "/v1/models", self.models),
+            ("POST", "/v1/completions", self.completions),
+            ("POST", "/v1/chat/completions", self.chat),
+        ]
+
+    async def models(self, request: Request, tenant: str) -> Response:
+        """The listed base models, and the tenant's checkpoints that can be sampled."""
+        del request
+
+        def read() -> list[dict[str, object]]:
+            bases = [{"id": name, "object": "model", "created": 0, "owned_by": "base"} for name in self._desk.config.listed]
+            stored = [one for run in self._desk.shelf.runs(tenant) for one in self._desk.shelf.checkpoints(run.id) if one.kind != "external_weights"]
+            return [*bases, *({"id": one.path, "object": "model", "created": int(one.created_at), "owned_by": tenant} for one in stored)]
+
+        return json_response({"object": "list", "data": await asyncio.to_thread(read)})
+
+    async def _sampler(self, model: str, tenant: str) -> tuple[Sampler, Tokenizer]:
+        """The model's sampler and tokenizer; the last few stay open."""
+        path = model if model.startswith("tinker://") else None
+        if path is not None:
+            self._desk.readable(path, tenant)  # each time: it may have been deleted or hidden
+        key = (tenant, model)
+        if key not in self._open:
+            sampler, _, base = await self._desk.open_sampler(tenant, base_model=None if path else model, path=path)
+            self._open[key] = sampler, base
+            while len(self._open) > KEPT:
+                self._open.popitem(last=False)
+        self._open.move_to_end(key)
+        sampler, base = self._open[key]
+        return sampler, await asyncio.to_thread(self._desk.backend.tokenizer, base)
+
+    async def _drawn(self, tenant: str, sampler: Sampler, prompt: Prompt, params: SamplingParams, n: int) -> tuple[Completion, ...]:
+        """The completions, in the tenant's turn."""
+        found, errors = list[tuple[Completion, ...]](), list[CrucibleError]()
+
+        async def ask() -> Answer:
+            try:
+                found.append(await asyncio.wrap_future(sampler.sample(prompt, params, n)))
+            except CrucibleError as error:
+                errors.append(error)
+                raise
+            self._desk.count("tokens_total:sampled", sum(len(one.tokens) for one in found[0]))
+            return Answer(b"", JSON)
+
+        entry = self._desk.once(tenant, "openai", ask)
+        try:
+            answer = await entry.answer
+        except asyncio.CancelledError:
+            entry.cancel()
+            raise
+        finally:
+            self._desk.ledger.forget(entry)
+        if errors:
+            raise errors[0]
+        if answer.failed:
+            raise ServiceError("The request was dropped, because the server stops or failed inside; see its log.", status=503)
+        return found[0]
+
+    # ------------------------------------------------------------------------------------------------------------ text
+    async def completions(self, request: Request, tenant: str) -> Response:
+        """Continues texts."""
+        asked = parsed(_Text, await body_of(request, self._desk.config.body_bytes))
+        if asked.suffix:
+            raise CapabilityError("suffix is given; this server does not fill gaps. Leave it out.")
+        sampler, tokenizer = await self._sampler(asked.model, tenant)
+        prompts = _prompts(asked.prompt, tokenizer)
+        params, n = asked.params(self._desk.config.max_tokens, 16), asked.n or 1
+        choices, prompt_tokens, drawn = list[dict[str, object]](), 0, 0
+        for found, ids in zip(await asyncio.gather(*(self._drawn(tenant, sampler, ids, params, n) for ids in prompts)), prompts, strict=True):
+            prompt_tokens += len(ids)
+            scores: tuple[float, ...] = ()
+            if asked.echo and asked.logprobs is not None and len(ids) > 1:
+                scores = await asyncio.wrap_future(sampler.compute_logprobs(ids[:1], ids[1:]))
+            for one in found:
+                drawn += len(one.tokens)
+                choices.append(_text_choice(len(choices), one, tokenizer, asked=asked, prompt=ids, scores=scores))
+        whole = _whole("text_completion", asked.model, choices, prompt_tokens, drawn)
+        return _streamed(whole, choices) if asked.stream else json_response(whole)
+
+    # ------------------------------------------------------------------------------------------------------------ chat
+    async def chat(self, request: Request, tenant: str) -> Response:
+        """Answers a conversation."""
+        asked = parsed(_Chat, await body_of(request, self._desk.config.body_bytes))
+        if asked.top_logprobs:
+            raise CapabilityError(f"top_logprobs is {asked.top_logprobs}; this server gives the log-probs of drawn tokens only. Leave it out.")
+        sampler, tokenizer = await self._sampler(asked.model, tenant)
+        if tokenizer.chat_template is None:
+            raise BackendError(f"The model {asked.model!r} has no chat template. Use /v1/completions.")
+        ids = tuple(render_prompt(_messages(asked.messages), tokenizer))
+        if asked.max_completion_tokens is not None:
+            asked.max_tokens = asked.max_completion_tokens
+        params = asked.params(self._desk.config.max_tokens, self._desk.config.max_tokens)
+        found = await self._drawn(tenant, sampler, ids, params, asked.n or 1)
+        choices = [_chat_choice(place, one, tokenizer, logprobs=bool(asked.logprobs)) for place, one in enumerate(found)]
+        whole = _whole("chat.completion", asked.model, choices, len(ids), sum(len(one.tokens) for one in found))
+        return _streamed(whole, choices) if asked.stream else json_response(whole)
+
+
+def _prompts(given: str | list[int] | list[str] | list[list[int]], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Each prompt's tokens: texts are taken as they are, after the beginning-of-text token where the model has one, without a chat template."""
+
+    def ids(one: str | Sequence[int]) -> tuple[int, ...]:
+        if isinstance(one, str):
+            start = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
+            return (*start, *tokenizer.encode(one))
+        return tuple(one)
+
+    single = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
+    found = [ids(one) for one in (cast("list[str | list[int]]", [given] if single else given))]
+    if not found or not all(found) or len(found) > 256:
+        raise DataError("prompt is empty or has more than 256 parts; expected 1 to 256 prompts with at least one token each.")
+    return found
+
+
+def _finish(one: Completion) -> str:
+    return "stop" if one.stop_reason == "stop" else "length"
+
+
+def _text_choice(index: int, one: Completion, tokenizer: Tokenizer, *, asked: _Text, prompt: tuple[int, ...], scores: tuple[float, ...]) -> dict[str, object]:
+    text = (tokenizer.decode(prompt) if asked.echo else "") + one.text
+    choice: dict[str, object] = {"index": index, "text": text, "finish_reason": _finish(one), "logprobs": None}
+    if asked.logprobs is not None:
+        ids = (*prompt, *one.tokens) if asked.echo else one.tokens
+        values: list[float | None] = [*([None, *scores] if asked.echo else []), *one.logprobs]
+        tokens = [tokenizer.decode([token]) for token in ids]
+        offsets = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
+        tops = [None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)]
+        choice["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+    return choice
+
+
+def _chat_choice(index: int, one: Completion, tokenizer: Tokenizer, *, logprobs: bool) -> dict[str, object]:
+    choice: dict[str, object] = {"index": index, "message": {"role": "assistant", "content": one.text}, "finish_reason": _finish(one), "logprobs": None}
+    if logprobs:
+        texts = [tokenizer.decode([token]) for token in one.tokens]
+        content = [{"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []} for text, value in zip(texts, one.logprobs, strict=True)]
+        choice["logprobs"] = {"content": content, "refusal": None}
+    return choice
+
+
+def _whole(kind: str, model: str, choices: list[dict[str, object]], prompt_tokens: int, drawn: int) -> dict[str, object]:
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": drawn, "total_tokens": prompt_tokens + drawn}
+    return {
+        "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": usage,
+    }
+
+
+def _streamed(whole: Mapping[str, object], choices: Sequence[Mapping[str, object]]) -> Response:
+    """The same answer as server-sent events."""
+    chat = whole["object"] == "chat.completion"
+    head = {key: whole[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk" if chat else "text_completion"}
+
+    async def lines() -> AsyncIterator[bytes]:
+        for choice in choices:
+            piece = {"index": choice["index"], "logprobs": choice["logprobs"], "finish_reason": None}
+            last = {"index": choice["index"], "finish_reason": choice["finish_reason"]}
+            parts = [piece | {"delta": choice["message"]}, last | {"delta": {}}] if chat else [piece | {"text": choice["text"]}, last | {"text": ""}]
+            for part in parts:
+                yield b"data: " + orjson.dumps(head | {"choices": [part]}) + b"\n\n"
+        yield b"data: " + orjson.dumps(head | {"choices": [], "usage": whole["usage"]}) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream")

@@ -1,0 +1,114 @@
+"""A server that runs: in the foreground for the command, in a thread for `with` blocks. This file knows no protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, UnsafeError
+from ..files import lock
+from ..protocols import Backend
+from .hosts import is_loopback
+from .keys import Keys
+from .settings import ServeConfig
+
+if TYPE_CHECKING:
+    import uvicorn
+
+__all__ = ["Serving", "keys_of", "serve"]
+
+
+def keys_of(config: ServeConfig) -> Keys:
+    """The keys of a server's folder."""
+    return Keys(config.folder / "keys.json")
+
+
+class Serving:
+    """A running server; `url` is its address, `status()` a line about who is there."""
+
+    def __init__(self, server: uvicorn.Server, bound: socket.socket, host: str, gauges: Callable[[], Mapping[str, float]]) -> None:
+        self._server, self._gauges = server, gauges
+        port = int(bound.getsockname()[1])
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._thread: threading.Thread | None = None
+        self._bound = bound
+
+    def status(self) -> str:
+        """Sessions, adapters, waiting requests and tokens so far, in a line."""
+        return " · ".join(f"{name.replace('_total:', ' ').replace('_', ' ')} {value:g}" for name, value in sorted(self._gauges().items()))
+
+    def run(self) -> None:
+        """Serves until a signal comes."""
+        self._server.run(sockets=[self._bound])
+
+    def start(self, ready: threading.Event) -> None:
+        """Serves in a thread."""
+        self._thread = threading.Thread(target=self.run, name="crucible-serve", daemon=True)
+        self._thread.start()
+        if not ready.wait(60):
+            raise ConfigError("The server did not start within 60 s. Look at its log.")
+
+    def stop(self) -> None:
+        """Ends the thread; open requests are dropped."""
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(30)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen(2048)  # who connects before the loop runs waits instead of being refused
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"Cannot listen on {host}:{port}: {error.strerror or error}. Choose another port; 0 takes a free one.") from error
+    return bound
+
+
+@contextmanager
+def serve(backend: Backend, config: ServeConfig | None = None, *, background: bool = True) -> Iterator[Serving]:
+    """Serves a backend over the Tinker protocol and an OpenAI-compatible one: `with serve(backend) as server: server.url`.
+
+    Args:
+        backend: trains and samples; the caller closes it, after the block.
+        config: the server's settings.
+        background: whether it serves in a thread for the block; else call `run()` in it.
+
+    Raises:
+        ConfigError: the address cannot be had, or the libraries are not installed.
+        UnsafeError: another host than this machine, and there is no key.
+        LockedError: another server uses the folder.
+    """
+    config = config or ServeConfig()
+    keys = keys_of(config)
+    if not is_loopback(config.host) and not keys.active():
+        raise UnsafeError(f"The host {config.host!r} can be reached from elsewhere, and there is no key. Make one: crucible serve keys add <name>.")
+    try:
+        import uvicorn
+
+        from .app import make_app
+        from .desk import Desk
+        from .shelf import Shelf
+    except ImportError as error:
+        raise ConfigError(f"Serving needs {error.name}. Install crucible-framework[serve].") from error
+    ready = threading.Event()
+    with lock(config.folder / "serve.lock", "server folder"), contextlib.closing(_bind(config.host, config.port)) as bound:
+        desk = Desk(backend, config, Shelf(config.folder))
+        app = make_app(desk, keys, ready.set)
+        settings = uvicorn.Config(
+            app, log_level="warning", access_log=False, ws="none", lifespan="on", timeout_graceful_shutdown=2, timeout_keep_alive=75, server_header=False
+        )
+        serving = Serving(uvicorn.Server(settings), bound, config.host, desk.gauges)
+        if background:
+            serving.start(ready)
+        try:
+            yield serving
+        finally:
+            serving.stop()
