@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         TrainingResult,
     )
     from .reports import write_report
-    from .stats import bootstrap, mean_estimate, paired_difference, wilson
+    from .stats import bootstrap, compare_groups, mean_estimate, paired_difference, plan, seeds_and_items, wilson
     from .store import Artifacts, Checkpoints, Models, list_runs, load_checkpoint, read_metrics
     from .training import Trainer, progress_bar, schedules
 
@@ -56,7 +56,7 @@ _HOMES = {
         "ModelVersion", "SamplingParams", "TrainConfig", "TrainingResult",
     ),
     "reports": ("write_report",),
-    "stats": ("bootstrap", "mean_estimate", "paired_difference", "wilson"),
+    "stats": ("bootstrap", "compare_groups", "mean_estimate", "paired_difference", "plan", "seeds_and_items", "wilson"),
     "store": ("Artifacts", "Checkpoints", "Models", "list_runs", "load_checkpoint", "read_metrics"),
     "training": ("Trainer", "progress_bar", "schedules"),
 }  # fmt: skip
@@ -92,6 +92,7 @@ __all__ = [
     "bootstrap",
     "combine",
     "compare",
+    "compare_groups",
     "connect",
     "datasets",
     "errors",
@@ -107,14 +108,15 @@ __all__ = [
     "losses",
     "mean_estimate",
     "paired_difference",
+    "plan",
     "progress_bar",
     "read_metrics",
     "register_loss",
     "render",
     "resolve_loss",
     "run_demo",
-    "schedules",
     "scorers",
+    "seeds_and_items",
     "wilson",
     "write_report",
 ]

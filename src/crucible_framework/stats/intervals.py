@@ -9,92 +9,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import StatisticsError, TooFewError
-from ..records import Estimate, Finding, record
+from ..records import Estimate, Finding
+from .samples import Floats, Sample, check_level, inside_unit, pair_up, sample, t_critical
 
 __all__ = ["bootstrap", "majority_rate", "mean_estimate", "paired_difference", "wilson"]
 
-Floats: TypeAlias = NDArray[np.float64]
 SMALL = 50
 """Below this many observations the bootstrap covers less than the t interval, which is then taken (measured: docs/statistics.md)."""
 _CR1 = "Cameron & Miller 2015, A Practitioner's Guide to Cluster-Robust Inference, J. Human Resources 50(2); Miller 2024, arXiv 2411.00640"
 _T = "Student 1908, The Probable Error of a Mean; Miller 2024, arXiv 2411.00640 (paired differences)"
 _SCORE = "McNemar 1947; Tango 1998, Statistics in Medicine 17:891-908; Fagerland, Lydersen & Laake 2013, BMC Medical Research Methodology 13:91"
-
-
-@record
-class _Sample:
-    """Values that apply, with the independent units that they come from; `codes` is the unit of each value, None where each is its own."""
-
-    x: Floats
-    codes: NDArray[np.intp] | None
-    units: int
-    dropped: int
-
-    @property
-    def clustered(self) -> bool:
-        return self.codes is not None and self.units < len(self.x)
-
-    @property
-    def clusters(self) -> int | None:
-        return None if self.codes is None else self.units
-
-    @property
-    def mean(self) -> float:
-        return float(self.x.mean())
-
-    def se(self) -> float:
-        """CR1 standard error of the mean (of n/(n-1) form without clusters); exactly 0 where only rounding differs; 0 with one unit."""
-        if self.units < 2:
-            return 0.0
-        residuals = self.x - self.x.mean()
-        sums = residuals if self.codes is None else np.bincount(self.codes, weights=residuals, minlength=self.units)
-        se = math.sqrt(self.units / (self.units - 1) * float(sums @ sums)) / len(self.x)
-        return 0.0 if se <= 1e-12 * max(1e-300, float(np.abs(self.x).max())) else se
-
-    def note(self) -> str:
-        if not self.dropped:
-            return ""
-        return f"; {self.dropped} of {len(self.x) + self.dropped} did not apply and {'is' if self.dropped == 1 else 'are'} left out"
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise StatisticsError(f"level is {level!r}; expected a number between 0 and 1. Usual: 0.95.")
-
-
-def _sample(name: str, values: Sequence[float | None], clusters: Sequence[str] | None) -> _Sample:
-    if clusters is not None and len(clusters) != len(values):
-        raise StatisticsError(f"{name!r} has {len(values)} values and {len(clusters)} clusters; expected one cluster for each value.")
-    kept = [index for index, value in enumerate(values) if value is not None]
-    x = np.array([values[index] for index in kept], dtype=np.float64)
-    if not np.isfinite(x).all():
-        where = kept[int(np.flatnonzero(~np.isfinite(x))[0])]
-        raise StatisticsError(f"{name!r} has the value {values[where]!r} at position {where}; expected finite numbers. Use None where there is none.")
-    if not len(x):
-        raise TooFewError(f"{name!r} has no value that applies, of {len(values)}; expected at least one.")
-    if clusters is None:
-        return _Sample(x=x, codes=None, units=len(x), dropped=len(values) - len(x))
-    names, codes = np.unique(np.array([clusters[index] for index in kept], dtype=str), return_inverse=True)
-    return _Sample(x=x, codes=codes.astype(np.intp), units=len(names), dropped=len(values) - len(x))
-
-
-def _inside(x: Floats, bounded: bool | None) -> bool:
-    inside = bool((x >= 0).all() and (x <= 1).all())
-    if bounded and not inside:
-        raise StatisticsError(f"bounded is True, but values go from {x.min():g} to {x.max():g}; expected [0, 1]. Leave bounded out.")
-    return inside if bounded is None else bounded
-
-
-def _t_critical(df: int, level: float) -> float:
-    from scipy.special import stdtrit
-
-    return -float(stdtrit(df, (1 - level) / 2))  # the lower tail keeps its digits for levels near 1
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -111,7 +40,7 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
     """
     from scipy.special import ndtri
 
-    _check_level(level)
+    check_level(level)
     if n < 1:
         raise TooFewError(f"A proportion of n = {n!r} observations has no interval; expected at least 1.")
     if not 0 <= successes <= n:
@@ -155,9 +84,9 @@ def mean_estimate(
 
     Source: Wilson 1927; Cameron & Miller 2015; Miller 2024, arXiv 2411.00640; Efron 1987.
     """
-    _check_level(level)
-    data = _sample(name, values, clusters)
-    inside = _inside(data.x, bounded)
+    check_level(level)
+    data = sample(name, values, clusters)
+    inside = inside_unit(data.x, bounded)
     binary = inside and bool(np.isin(data.x, (0.0, 1.0)).all())
     if data.units < 2 and not binary:
         what = "observation" if len(data.x) == 1 else "cluster"
@@ -166,7 +95,7 @@ def mean_estimate(
     return Estimate(name=name, value=data.mean, low=low, high=high, n=len(data.x), level=level, method=method + data.note(), clusters=data.clusters)
 
 
-def _mean_interval(data: _Sample, level: float, seed: int, inside: bool, binary: bool) -> tuple[float, float, str]:
+def _mean_interval(data: Sample, level: float, seed: int, inside: bool, binary: bool) -> tuple[float, float, str]:
     n, mean, se = len(data.x), data.mean, data.se()
     if binary and not data.clustered:
         return *wilson(float(data.x.sum()), n, level), "Wilson score interval"
@@ -179,7 +108,7 @@ def _mean_interval(data: _Sample, level: float, seed: int, inside: bool, binary:
     if not data.clustered and n >= SMALL:
         low, high = _bca(_mean_replicates(data.x, 4000, seed), mean, (data.x.sum() - data.x) / (n - 1), level)
         return min(low, mean), max(high, mean), "BCa bootstrap (4000 resamples)"  # at low levels BCa may miss the mean itself
-    half = _t_critical(data.units - 1, level) * se
+    half = t_critical(data.units - 1, level) * se
     low, high = (max(0.0, mean - half), min(1.0, mean + half)) if inside else (mean - half, mean + half)
     clipped = ", clipped to [0, 1]" if inside and (mean - half < 0 or mean + half > 1) else ""
     if data.clustered:
@@ -196,7 +125,7 @@ def _mean_replicates(x: Floats, resamples: int, seed: int) -> Floats:
     return np.concatenate([x[random.integers(len(x), size=(size, len(x)))].mean(axis=1) for size in sizes])
 
 
-def _replicates(data: _Sample, statistic: Callable[[Floats], float], resamples: int, seed: int) -> Floats:
+def _replicates(data: Sample, statistic: Callable[[Floats], float], resamples: int, seed: int) -> Floats:
     """The statistic on resamples of whole units."""
     random = np.random.default_rng(seed)
     codes = np.arange(len(data.x)) if data.codes is None else data.codes
@@ -204,7 +133,7 @@ def _replicates(data: _Sample, statistic: Callable[[Floats], float], resamples: 
     return np.array([statistic(np.concatenate([members[u] for u in random.integers(data.units, size=data.units)])) for _ in range(resamples)])
 
 
-def _jackknife(data: _Sample, statistic: Callable[[Floats], float]) -> Floats:
+def _jackknife(data: Sample, statistic: Callable[[Floats], float]) -> Floats:
     codes = np.arange(len(data.x)) if data.codes is None else data.codes
     return np.array([statistic(data.x[codes != unit]) for unit in range(data.units)])
 
@@ -252,12 +181,12 @@ def bootstrap(
 
     Source: Efron 1987, JASA 82:171-185; Davison & Hinkley 1997, ch. 3.8 (clusters).
     """
-    _check_level(level)
+    check_level(level)
     if method not in ("bca", "percentile"):
         raise StatisticsError(f"method is {method!r}; expected 'bca' or 'percentile'.")
     if resamples < 100:
         raise StatisticsError(f"resamples is {resamples!r}; expected at least 100. Usual: 4000.")
-    data = _sample(name, values, clusters)
+    data = sample(name, values, clusters)
     if data.units < 2:
         raise TooFewError(f"{name!r} has a single {'observation' if len(data.x) == 1 else 'cluster'} to draw from; expected at least two.")
     value = float(statistic(data.x))
@@ -273,27 +202,32 @@ def bootstrap(
 
 
 # -------------------------------------------------------------------------------------------------------------- paired
-def _tango(gains: float, losses: float, n: int, level: float) -> tuple[float, float, float, float]:
-    """(z, p, low, high) of the difference of paired proportions: the score test and its inversion. Source: Tango 1998."""
+def score_z(gains: float, losses: float, n: float, delta: float) -> float:
+    """Score statistic of the difference of paired proportions being `delta`; falls as `delta` grows. Source: Tango 1998."""
+    b = -gains - losses + (2 * n - gains + losses) * delta
+    root = math.sqrt(max(0.0, b * b + 8 * n * losses * delta * (1 - delta)))
+    variance = n * (2 * (root - b) / (4 * n) + delta * (1 - delta))
+    gap = gains - losses - n * delta
+    if variance <= 0:
+        return math.copysign(math.inf, gap) if abs(gap) > 1e-9 else 0.0
+    return gap / math.sqrt(variance)
+
+
+def invert_score(z_at: Callable[[float], float], effect: float, level: float) -> tuple[float, float, float, float]:
+    """(z, p, low, high) of a score statistic that falls as the difference grows from -1 to 1."""
     from scipy.optimize import brentq
     from scipy.special import ndtr, ndtri
 
-    effect, critical = (gains - losses) / n, -float(ndtri((1 - level) / 2))
-
-    def z_at(delta: float) -> float:
-        b = -gains - losses + (2 * n - gains + losses) * delta
-        root = math.sqrt(max(0.0, b * b + 8 * n * losses * delta * (1 - delta)))
-        variance = n * (2 * (root - b) / (4 * n) + delta * (1 - delta))
-        gap = gains - losses - n * delta
-        if variance <= 0:
-            return math.copysign(math.inf, gap) if abs(gap) > 1e-9 else 0.0
-        return gap / math.sqrt(variance)
-
-    edge = 1 - 1e-12
+    edge, critical = 1 - 1e-12, -float(ndtri((1 - level) / 2))
     low = float(brentq(lambda d: min(z_at(d), 1e9) - critical, -edge, effect)) if effect > -edge else -1.0
     high = float(brentq(lambda d: max(z_at(d), -1e9) + critical, effect, edge)) if effect < edge else 1.0
     z = z_at(0.0)
     return z, float(2 * ndtr(-abs(z))), low, high
+
+
+def _tango(gains: float, losses: float, n: int, level: float) -> tuple[float, float, float, float]:
+    """(z, p, low, high) of the difference of paired proportions: the score test and its inversion. Source: Tango 1998."""
+    return invert_score(lambda delta: score_z(gains, losses, n, delta), (gains - losses) / n, level)
 
 
 def paired_difference(
@@ -325,25 +259,18 @@ def paired_difference(
 
     Source: in the finding.
     """
-    _check_level(level)
-    if len(before) != len(after):
-        raise StatisticsError(f"{name!r} has {len(before)} values before and {len(after)} after; expected pairs by position.")
-    whole = [b is not None and a is not None for b, a in zip(before, after, strict=True)]
-    pairs = _sample(name, [b if ok else None for b, ok in zip(before, whole, strict=True)], clusters)
-    ends = _sample(name, [a if ok else None for a, ok in zip(after, whole, strict=True)], clusters)
-    if pairs.units < 2:
-        what = "pair" if len(pairs.x) == 1 else "cluster"
-        raise TooFewError(f"{name!r} has a single {what}; expected at least two {what}s for a comparison.")
+    check_level(level)
+    pairs, ends = pair_up(name, before, after, clusters)
     both = np.concatenate([pairs.x, ends.x])
-    inside = _inside(both, bounded)
+    inside = inside_unit(both, bounded)
     binary = inside and bool(np.isin(both, (0.0, 1.0)).all())
-    data = _Sample(x=ends.x - pairs.x, codes=pairs.codes, units=pairs.units, dropped=pairs.dropped)
+    data = Sample(x=ends.x - pairs.x, codes=pairs.codes, units=pairs.units, dropped=pairs.dropped)
     scale = float(np.abs(both).max())
     se = 0.0 if data.se() <= 1e-12 * scale else data.se()
     return _finding(name, data, se, level, inside=inside, score=binary and not data.clustered)
 
 
-def _finding(name: str, data: _Sample, se: float, level: float, *, inside: bool, score: bool) -> Finding:
+def _finding(name: str, data: Sample, se: float, level: float, *, inside: bool, score: bool) -> Finding:
     n, effect, units = len(data.x), data.mean, data.units
     gains, losses = float(np.maximum(data.x, 0).mean()), float(np.maximum(-data.x, 0).mean())
     if score or (se == 0 and inside):
@@ -366,7 +293,7 @@ def _finding(name: str, data: _Sample, se: float, level: float, *, inside: bool,
     else:
         from scipy.special import stdtr
 
-        statistic, half = effect / se, _t_critical(units - 1, level) * se
+        statistic, half = effect / se, t_critical(units - 1, level) * se
         p = float(2 * stdtr(units - 1, -abs(statistic)))
         low, high = (max(-1.0, effect - half), min(1.0, effect + half)) if inside else (effect - half, effect + half)
         if data.clustered:
