@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .data import Batches, datasets, load_dataset, render
     from .demo import run_demo
     from .evaluation import compare, evaluate, load_evaluation, scorers
+    from .experiments import Experiment, analyse, load_experiment, load_study
+    from .experiments import run as run_experiment
     from .inference import ChoiceSampler, generate
     from .losses import combine
     from .losses import register as register_loss
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from .reports import write_report
     from .stats import bootstrap, compare_groups, mean_estimate, paired_difference, plan, seeds_and_items, wilson
     from .store import Artifacts, Checkpoints, Models, list_runs, load_checkpoint, read_metrics
-    from .training import Trainer, progress_bar, schedules
+    from .training import Trainer, progress_bar
 
 _HOMES = {
     "backends": ("connect",),
@@ -48,6 +50,7 @@ _HOMES = {
     "data": ("Batches", "datasets", "load_dataset", "render"),
     "demo": ("run_demo",),
     "evaluation": ("compare", "evaluate", "load_evaluation", "scorers"),
+    "experiments": ("Experiment", "analyse", "load_experiment", "load_study"),
     "inference": ("ChoiceSampler", "generate"),
     "losses": ("combine",),
     "protocols": ("Backend", "Loss", "Sampler", "TrainingSession"),
@@ -58,10 +61,15 @@ _HOMES = {
     "reports": ("write_report",),
     "stats": ("bootstrap", "compare_groups", "mean_estimate", "paired_difference", "plan", "seeds_and_items", "wilson"),
     "store": ("Artifacts", "Checkpoints", "Models", "list_runs", "load_checkpoint", "read_metrics"),
-    "training": ("Trainer", "progress_bar", "schedules"),
+    "training": ("Trainer", "progress_bar"),
 }  # fmt: skip
 _WHERE = {name: (home, name) for home, names in _HOMES.items() for name in names}
-_WHERE |= {"register_loss": ("losses", "register"), "resolve_loss": ("losses", "resolve"), **{name: (name, "") for name in ("errors", "events", "losses")}}
+_WHERE |= {
+    "run_experiment": ("experiments", "run"),
+    "register_loss": ("losses", "register"),
+    "resolve_loss": ("losses", "resolve"),
+    **{name: (name, "") for name in ("errors", "events", "losses")},
+}
 
 __all__ = [
     "AdamConfig",
@@ -77,6 +85,7 @@ __all__ = [
     "Datum",
     "Evaluation",
     "Example",
+    "Experiment",
     "Finding",
     "LoraConfig",
     "Loss",
@@ -89,6 +98,7 @@ __all__ = [
     "Trainer",
     "TrainingResult",
     "TrainingSession",
+    "analyse",
     "bootstrap",
     "combine",
     "compare",
@@ -104,6 +114,8 @@ __all__ = [
     "load_checkpoint",
     "load_dataset",
     "load_evaluation",
+    "load_experiment",
+    "load_study",
     "load_toml",
     "losses",
     "mean_estimate",
@@ -115,6 +127,7 @@ __all__ = [
     "render",
     "resolve_loss",
     "run_demo",
+    "run_experiment",
     "scorers",
     "seeds_and_items",
     "wilson",

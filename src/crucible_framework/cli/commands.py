@@ -24,6 +24,7 @@ from ..losses import resolve
 from ..protocols import Sampler
 from ..records import Evaluation, Message, SamplingParams
 from ..reports import write_report
+from ..reports.study import is_study, write_study_report
 from ..store import Checkpoints, Models, list_runs, load_checkpoint, read_run
 from ..training import Trainer, progress_bar, received_signal
 from . import show
@@ -195,12 +196,12 @@ def runs(folder: Path | None = None, /) -> Reply:
 
 
 def report(folder: Path, /) -> Reply:
-    """Write report.html and report.md of a run.
+    """Write report.html and report.md of a run or study.
 
     Args:
-        folder: the run folder.
+        folder: of the run or study.
     """
-    paths = write_report(folder)
+    paths = write_study_report(folder) if is_study(folder) else write_report(folder)
     return Reply({"paths": [str(path) for path in paths]}, "\n".join(map(str, paths)))
 
 

@@ -157,7 +157,7 @@ class Fact:
 
 @record
 class Document:
-    """A whole report. `summary` says what was trained and found, `verdict` what that shows; `notices` what is wrong or missing."""
+    """A whole report. `summary` says what was trained and found, `verdict` what that shows; `notices` what is wrong or missing; `of` what of."""
 
     title: str
     subtitle: str
@@ -168,3 +168,4 @@ class Document:
     facts: tuple[Fact, ...]
     notices: tuple[str, ...]
     sections: tuple[Section, ...]
+    of: Literal["run", "study"] = "run"

@@ -43,14 +43,14 @@ def fenced(text: str, language: str = "text") -> str:
 
 def render_markdown(document: Document) -> str:
     """The whole file."""
-    parts = [f"# {inline(document.title)}", f"Training report · {inline(document.status)}", inline(document.subtitle)]
+    parts = [f"# {inline(document.title)}", f"{'Training report' if document.of == 'run' else 'Study'} · {inline(document.status)}", inline(document.subtitle)]
     parts += [inline(document.summary), f"**{inline(document.verdict)}**" if document.verdict else ""]
     if document.notices:
         parts += ["Know before you read on:", "\n".join(f"- {inline(notice)}" for notice in document.notices)]
     for section in document.sections:
         parts.append(f"## {inline(section.title)}")
         parts += [piece for block in section.blocks for piece in _block(block)]
-    parts.append("Made by Crucible Framework. Every number is read from the files of the run named beside it.")
+    parts.append(f"Made by Crucible Framework. Every number is read from the files of the {document.of} named beside it.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -28,12 +28,14 @@ def render_html(document: Document) -> str:
         element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
         element("meta", {"http-equiv": "Content-Security-Policy", "content": _POLICY}),
         element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("title", None, f"{document.title} – training report"),
+        element("title", None, f"{document.title} – {'training report' if document.of == 'run' else 'study'}"),
         element("link", {"rel": "icon", "href": "data:,"}),
         element("style", None, raw(style)),
     )
     sections = (render_section(section) for section in document.sections)
-    footer = element("footer", None, element("p", None, "Made by Crucible Framework. Every number is read from the files of the run named beside it."))
+    footer = element(
+        "footer", None, element("p", None, f"Made by Crucible Framework. Every number is read from the files of the {document.of} named beside it.")
+    )
     page = element("html", {"lang": "en"}, head, element("body", None, element("main", None, _top(document), *sections, footer)))
     return f"<!doctype html>\n{page}\n"
 
@@ -42,7 +44,12 @@ def _top(document: Document) -> Markup:
     header = element(
         "header",
         None,
-        element("p", {"class": "kicker"}, "Training report ", element("span", {"class": f"status {'done' if document.finished else 'open'}"}, document.status)),
+        element(
+            "p",
+            {"class": "kicker"},
+            "Training report " if document.of == "run" else "Study ",
+            element("span", {"class": f"status {'done' if document.finished else 'open'}"}, document.status),
+        ),
         element("h1", None, document.title),
         element("p", {"class": "subtitle"}, document.subtitle),
     )

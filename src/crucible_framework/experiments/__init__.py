@@ -1,0 +1,38 @@
+"""Experiments: a plan of arms × seeds × data sets, run so that nothing is lost, and analysed as it was declared beforehand.
+
+Importing it loads no torch and no scipy.
+"""
+
+from __future__ import annotations
+
+from .analysis import Analysis, ArmSummary, Contrast, analyse, load_analysis
+from .cost import CellCost, Cost, Usage, estimate
+from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, experiment_from, load_experiment
+from .runner import run
+from .study import CellResult, Failure, Study, load_study
+
+__all__ = [
+    "BASE",
+    "Analysis",
+    "Arm",
+    "ArmSummary",
+    "Budget",
+    "Cell",
+    "CellCost",
+    "CellResult",
+    "Contrast",
+    "Cost",
+    "DataPlan",
+    "Experiment",
+    "Failure",
+    "Hypothesis",
+    "Study",
+    "Usage",
+    "analyse",
+    "estimate",
+    "experiment_from",
+    "load_analysis",
+    "load_experiment",
+    "load_study",
+    "run",
+]

@@ -1,0 +1,374 @@
+"""What a study is going to do: arms × seeds × data sets, what is measured, and what is claimed beforehand.
+
+An arm is one way of training. Arms are the product of named `conditions` and of a `matrix` over settings of `TrainConfig`; a cell is one
+arm with one seed on one data set. This file knows neither how a cell is run nor what comes out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from ..config import fingerprint, from_dict, load_toml, merge, parse_overrides, to_dict
+from ..errors import ConfigError, UnknownNameError
+from ..records import Json, SamplingParams, TrainConfig, record
+
+__all__ = ["BASE", "Arm", "Budget", "Cell", "DataPlan", "Experiment", "Hypothesis", "load_experiment", "select"]
+
+BASE = "base"
+"""The untrained base model, wherever an arm can be named."""
+_LESS_IS_BETTER = frozenset({"target_nll"})
+_GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
+
+
+def _need(owner: object, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{type(owner).__name__}.{name} is {getattr(owner, name)!r}; expected {expected}.")
+
+
+@record
+class DataPlan:
+    """Which rows an arm learns from and answers.
+
+    Attributes:
+        name: a data set's name or path.
+        train, test: the splits.
+        dev: a split whose loss is taken every `eval_interval` steps.
+        task: where the data set has several.
+        train_limit, test_limit: only the first examples.
+        label: what the data set is called in this study; "" takes its name.
+    """
+
+    name: str = "minifact"
+    train: str = "train"
+    test: str = "test"
+    dev: str | None = None
+    task: str | None = None
+    train_limit: int | None = None
+    test_limit: int | None = None
+    label: str = ""
+
+    @property
+    def key(self) -> str:
+        """The label, or the name where there is none."""
+        return self.label or self.name
+
+
+@record
+class Hypothesis:
+    """One claim made before the study: that `better` is better than `than`.
+
+    Attributes:
+        better, than: an arm's name, "base", or some of an arm's settings ("lora.rank=8"), which stand for all arms that have them; these
+            are compared in pairs that agree in everything else.
+        metric: "" is the primary one.
+        because: the reason, for the report.
+    """
+
+    better: str
+    than: str = BASE
+    metric: str = ""
+    because: str = ""
+
+
+@record
+class Budget:
+    """What a study may use. None is no limit.
+
+    Attributes:
+        hours: of all workers together.
+        tokens: trained and asked together.
+        money: in any one currency, from the two prices.
+        price_per_hour: of one worker.
+        price_per_million_tokens: trained or asked.
+    """
+
+    hours: float | None = None
+    tokens: int | None = None
+    money: float | None = None
+    price_per_hour: float = 0.0
+    price_per_million_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("hours", "tokens", "money"):
+            value = getattr(self, name)
+            _need(self, name, value is None or value > 0, "a positive number, or none")
+        for name in ("price_per_hour", "price_per_million_tokens"):
+            _need(self, name, getattr(self, name) >= 0, "a number of at least 0")
+        _need(self, "money", self.money is None or self.price_per_hour + self.price_per_million_tokens > 0, "a price beside it")
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything is limited."""
+        return any(value is not None for value in (self.hours, self.tokens, self.money))
+
+    def cost(self, seconds: float, tokens: float) -> float:
+        """Money for that much work."""
+        return self.price_per_hour * seconds / 3600 + self.price_per_million_tokens * tokens / 1e6
+
+
+@record
+class Arm:
+    """One way of training. `parts` are what sets it apart in words ("lora.rank=8"); its name is their list."""
+
+    name: str
+    parts: tuple[str, ...]
+    config: TrainConfig
+    backend: str
+
+
+@record
+class Cell:
+    """One arm with one seed on one data set. `id` names its files and holds a part of the fingerprint of its settings."""
+
+    id: str
+    arm: str
+    seed: int
+    data: str
+    base: str
+    config: TrainConfig
+    backend: str
+
+
+@record
+class Experiment:
+    """A study before it is run.
+
+    Attributes:
+        train: the settings that all arms share.
+        matrix: dotted keys of `TrainConfig`, or "backend", each with the values that it takes.
+        conditions: named sets of settings, crossed with the matrix.
+        seeds: each sets the seeds of adapter, dropout and batches.
+        data: the data sets.
+        backend, options: where cells are trained and asked.
+        threads: inside one operation, where the backend has that option; they decide the last bits, so they are part of the plan.
+        scorers: names; `perplexity` adds "target_nll".
+        primary: the metric that decides; one of the scorers or "target_nll".
+        sampling: how answers are drawn.
+        in_flight: questions asked ahead; 1 is used with `perplexity`, so that every bit of it is reproducible.
+        hypotheses: claimed beforehand and corrected together; everything else is exploratory.
+        alpha: the share of false findings that a family of comparisons may have.
+        budget, retries: limits; they may change between a run and its resumption. Retries are for failures that can pass.
+    """
+
+    name: str
+    train: TrainConfig = TrainConfig()
+    matrix: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
+    conditions: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    data: tuple[DataPlan, ...] = (DataPlan(),)
+    backend: str = "local"
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    threads: int = 2
+    scorers: tuple[str, ...] = ("label_accuracy",)
+    perplexity: bool = False
+    primary: str = "label_accuracy"
+    sampling: SamplingParams = _GREEDY
+    in_flight: int = 8
+    hypotheses: tuple[Hypothesis, ...] = ()
+    alpha: float = 0.05
+    budget: Budget = Budget()
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        _need(self, "name", bool(self.name.strip()), "a name")
+        _need(self, "seeds", bool(self.seeds) and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0, "different whole numbers, at least one")
+        keys = [plan.key for plan in self.data]
+        _need(self, "data", bool(keys) and len(set(keys)) == len(keys), "data sets with different labels, at least one")
+        _need(self, "scorers", bool(self.scorers) and len(set(self.scorers)) == len(self.scorers), "different names, at least one")
+        _need(self, "alpha", 0 < self.alpha < 1, "a number between 0 and 1")
+        for name, least in (("threads", 1), ("in_flight", 1), ("retries", 0)):
+            _need(self, name, getattr(self, name) >= least, f"a whole number of at least {least}")
+        for key, values in self.matrix.items():
+            words = [_word(value) for value in values]
+            if not words or len(set(words)) != len(words):
+                raise ConfigError(f"The axis {key!r} has the values {list(values)!r}; expected different ones, at least one.")
+        arms = self.arms()
+        for metric in (self.primary, *(h.metric for h in self.hypotheses)):
+            if metric and metric not in self.metrics:
+                raise UnknownNameError("metric of this experiment", metric, self.metrics, fix="Add it to scorers, or set perplexity = true.")
+        for hypothesis in self.hypotheses:
+            select(arms, hypothesis)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What every cell is measured in. A scorer of another distribution reports under its own name."""
+        names = tuple(name.rpartition(":")[2] for name in self.scorers)
+        return (*names, "target_nll") if self.perplexity else names
+
+    def arms(self) -> tuple[Arm, ...]:
+        """All arms, in the order of the conditions and the matrix.
+
+        Raises:
+            ConfigError: an axis or condition names no setting (the nearest is named), or a value is out of range.
+        """
+        axes = [[(key, value) for value in values] for key, values in self.matrix.items()]
+        named: list[tuple[str, Mapping[str, object]]] = list(self.conditions.items()) or [("", {})]
+        return tuple(_arm(self, name, settings, chosen) for (name, settings), chosen in itertools.product(named, itertools.product(*axes)))
+
+    def cells(self) -> tuple[Cell, ...]:
+        """All cells, seed by seed, so that a study that ends early is balanced."""
+        arms = self.arms()
+        return tuple(_cell(self, arm, seed, plan) for seed in self.seeds for plan in self.data for arm in arms)
+
+    def plan_of(self, key: str) -> DataPlan:
+        """The data set of that label."""
+        return next(plan for plan in self.data if plan.key == key)
+
+    def plan(self) -> dict[str, Json]:
+        """What decides the results, as plain values: everything but the limits."""
+        plain = cast("dict[str, Json]", to_dict(self))
+        return {key: value for key, value in plain.items() if key not in ("budget", "retries", "in_flight")}
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a smaller value is the better one."""
+    return metric in _LESS_IS_BETTER
+
+
+def _word(value: object) -> str:
+    """A value on one line without commas, as names of arms need it."""
+    if isinstance(value, Mapping):
+        return "+".join(f"{_word(weight)}*{name}" for name, weight in value.items())
+    if isinstance(value, (list, tuple)):
+        return "+".join(map(_word, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).replace(",", ";")
+
+
+def _set(tree: dict[str, object], key: str, value: object) -> None:
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        below = node.get(parent)
+        if not isinstance(below, dict):
+            raise ConfigError(f"{key!r} names no setting: {parent!r} holds no others. Settings are those of TrainConfig, for example 'lora.rank'.")
+        node = below
+    if leaf not in node:
+        raise UnknownNameError("training setting", key, _dotted(tree), fix="An axis may also be called 'backend'.")
+    node[leaf] = value
+
+
+def _dotted(tree: Mapping[str, object], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in tree.items():
+        found += _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "loss" else [prefix + key]
+    return found
+
+
+def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested tables as dotted keys; the weights over losses are one value."""
+    found: dict[str, object] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key != "loss":
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def _arm(experiment: Experiment, name: str, settings: Mapping[str, object], chosen: Sequence[tuple[str, object]]) -> Arm:
+    tree = cast("dict[str, object]", to_dict(experiment.train))
+    backend = experiment.backend
+    for key, value in (*_flat(settings).items(), *chosen):
+        if key == "backend":
+            backend = str(value)
+        else:
+            _set(tree, key, value)
+    parts = (*([name] if name else []), *(f"{key}={_word(value)}" for key, value in chosen if len(experiment.matrix[key]) > 1))
+    title = ", ".join(parts) or "adapter"
+    if title == BASE:
+        raise ConfigError(f"A condition cannot be called {BASE!r}: that is the untrained model. Choose another name.")
+    return Arm(name=title, parts=parts or (title,), config=from_dict(TrainConfig, tree), backend=backend)
+
+
+def _slug(*words: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words)).strip("-.")[:60]
+
+
+def _cell(experiment: Experiment, arm: Arm, seed: int, plan: DataPlan) -> Cell:
+    lora = dataclasses.replace(arm.config.lora, seed=seed)
+    config = dataclasses.replace(arm.config, lora=lora, seed=seed)
+    asked = [to_dict(plan), list(experiment.scorers), experiment.perplexity, to_dict(experiment.sampling), dict(experiment.options), experiment.threads]
+    mark = fingerprint({"config": to_dict(config), "backend": arm.backend, "asked": asked})[:8]
+    base_mark = fingerprint({"model": config.base_model, "backend": arm.backend, "asked": asked})[:8]
+    return Cell(
+        id=f"{_slug(arm.name)}-s{seed}-{_slug(plan.key)}-{mark}",
+        arm=arm.name,
+        seed=seed,
+        data=plan.key,
+        base=f"{_slug(BASE, config.base_model)}-{_slug(plan.key)}-{base_mark}",
+        config=config,
+        backend=arm.backend,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- hypotheses
+def _matching(arms: Sequence[Arm], words: str) -> dict[tuple[str, ...], str]:
+    """Arms that have all the parts, by the parts that are left."""
+    parts = tuple(part.strip() for part in words.split(",") if part.strip())
+    found = {tuple(p for p in arm.parts if p not in parts): arm.name for arm in arms if set(parts) <= set(arm.parts)}
+    if not found:
+        raise UnknownNameError("arm of this experiment", words, {BASE, *(arm.name for arm in arms), *(part for arm in arms for part in arm.parts)})
+    return found
+
+
+def select(arms: Sequence[Arm], hypothesis: Hypothesis) -> tuple[tuple[str, str], ...]:
+    """The pairs of arms (better, than) that a hypothesis compares; "base" stands for the untrained model.
+
+    Raises:
+        UnknownNameError: a side names no arm.
+        ConfigError: the sides are the same, or do not pair up.
+    """
+    if hypothesis.better == hypothesis.than:
+        raise ConfigError(f"A hypothesis compares {hypothesis.better!r} with itself; expected two sides.")
+    if hypothesis.better == BASE:
+        return tuple((BASE, name) for name in _matching(arms, hypothesis.than).values())
+    better = _matching(arms, hypothesis.better)
+    if hypothesis.than == BASE:
+        return tuple((name, BASE) for name in better.values())
+    than = _matching(arms, hypothesis.than)
+    if len(better) == len(than) == 1:
+        return ((next(iter(better.values())), next(iter(than.values()))),)
+    if better.keys() != than.keys() or set(better.values()) & set(than.values()):
+        raise ConfigError(
+            f"{hypothesis.better!r} ({len(better)} arms) and {hypothesis.than!r} ({len(than)} arms) do not pair up; "
+            "expected settings of one axis each, or two whole arms."
+        )
+    return tuple((better[rest], than[rest]) for rest in better)
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+def experiment_from(tree: Mapping[str, object]) -> Experiment:
+    """Plain values, as a TOML file has them, to an experiment; `matrix` may be nested tables.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named), or a value that does not fit.
+    """
+    plain = dict(tree)
+    matrix = plain.get("matrix", {})
+    if not isinstance(matrix, Mapping):
+        raise ConfigError(f"'matrix' is {matrix!r}; expected a table of settings with a list of values each.")
+    axes = _flat(cast("Mapping[str, object]", matrix))
+    for key, values in axes.items():
+        if not isinstance(values, (list, tuple)):
+            raise ConfigError(f"The axis {key!r} is {values!r}; expected a list of values.")
+    plain["matrix"] = axes
+    data = plain.get("data")
+    if isinstance(data, Mapping):
+        plain["data"] = [data]
+    return from_dict(Experiment, plain)
+
+
+def load_experiment(file: str | Path, settings: Iterable[str] = ()) -> Experiment:
+    """An experiment from a TOML file; `settings` are "key=value" and win over the file.
+
+    Raises:
+        ConfigError: no such file, no TOML, an unknown key or a value that does not fit.
+    """
+    return experiment_from(merge(load_toml(Path(file)), parse_overrides(settings)))
