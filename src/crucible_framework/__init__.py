@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from . import errors, events, losses
     from .backends import connect
     from .config import fingerprint, load_toml
-    from .data import Batches, datasets, load_dataset, render
+    from .dashboard import Dashboard
+    from .data import Batches, datasets, load_dataset, load_preferences, render
     from .demo import run_demo
     from .evaluation import compare, evaluate, load_evaluation, scorers
     from .experiments import Experiment, analyse, load_experiment, load_study
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "backends": ("connect",),
     "config": ("fingerprint", "load_toml"),
-    "data": ("Batches", "datasets", "load_dataset", "render"),
+    "dashboard": ("Dashboard",),
+    "data": ("Batches", "datasets", "load_dataset", "load_preferences", "render"),
     "demo": ("run_demo",),
     "evaluation": ("compare", "evaluate", "load_evaluation", "scorers"),
     "experiments": ("Experiment", "analyse", "load_experiment", "load_study"),
@@ -81,6 +83,7 @@ __all__ = [
     "Checkpoints",
     "ChoiceSampler",
     "Completion",
+    "Dashboard",
     "Dataset",
     "Datum",
     "Evaluation",
@@ -115,6 +118,7 @@ __all__ = [
     "load_dataset",
     "load_evaluation",
     "load_experiment",
+    "load_preferences",
     "load_study",
     "load_toml",
     "losses",

@@ -1,7 +1,9 @@
 """What happens, as flat dicts: `emit`, `span`, `decision`, and sinks that listen.
 
-An event is `{"ts": seconds since the epoch, "name": …, "run": …, "span": …, "parent": …}` plus fields with units in their names. With no
-sink an event costs one list test. A sink that raises is logged and never breaks the work. This file does not know where events go.
+An event is `{"ts": seconds since the epoch, "name": …, "run": …, "span": …, "parent": …}` plus fields with units in their names; inside a
+span it has `trace` too, the id that all spans below one root share. The event of a span that ended has `kind` "span", its own id under
+`span` and the enclosing one under `parent`. With no sink an event costs one list test. A sink that raises is logged and never breaks the
+work. This file does not know where events go; see `sinks`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextvars
 import itertools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +21,20 @@ from typing import TypeAlias
 
 from .records import Json
 
-__all__ = ["Event", "collect", "current_run", "decision", "emit", "in_run", "span", "subscribe", "to_logging"]
+__all__ = [
+    "Event",
+    "Sink",
+    "collect",
+    "continued",
+    "current_run",
+    "decision",
+    "emit",
+    "in_run",
+    "span",
+    "subscribe",
+    "to_logging",
+    "traceparent",
+]
 
 Event: TypeAlias = Mapping[str, Json]
 Sink: TypeAlias = Callable[[Event], None]
@@ -27,8 +43,24 @@ _log = logging.getLogger("crucible_framework")
 _sinks: list[tuple[Sink]] = []
 _lock = threading.Lock()
 _run: contextvars.ContextVar[str] = contextvars.ContextVar("crucible_run", default="")
-_span: contextvars.ContextVar[str] = contextvars.ContextVar("crucible_span", default="")
+_span: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar("crucible_span", default=("", ""))
+"""(trace, span): 32 and 16 hex digits, as W3C Trace Context has them."""
 _ids = itertools.count(1)
+_process = os.urandom(4).hex()
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+
+
+def _forked() -> None:
+    """A child process must not give out its parent's ids."""
+    global _process
+    _process = os.urandom(4).hex()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _new_id() -> str:
+    return f"{_process}{next(_ids) & 0xFFFFFFFF:08x}"
 
 
 def subscribe(sink: Sink) -> Callable[[], None]:
@@ -73,7 +105,12 @@ def _send(event: Event) -> None:
 def emit(name: str, **fields: Json) -> None:
     """Sends one event."""
     if _sinks:
-        _send({"ts": time.time(), "name": name, "run": _run.get(), "span": _span.get(), "parent": "", **fields})
+        trace, inside = _span.get()
+        event: dict[str, Json] = {"ts": time.time(), "name": name, "run": _run.get(), "span": inside, "parent": ""}
+        if trace:
+            event["trace"] = trace
+        event.update(fields)
+        _send(event)
 
 
 class Span:
@@ -96,9 +133,9 @@ def span(name: str, **fields: Json) -> Iterator[Span]:
     if not _sinks:
         yield opened
         return
-    parent = _span.get()
-    identity = f"{os.getpid():x}-{next(_ids):x}"
-    token = _span.set(identity)
+    trace, parent = _span.get()
+    trace, identity = trace or os.urandom(16).hex(), _new_id()
+    token = _span.set((trace, identity))
     start = time.perf_counter()
     try:
         yield opened
@@ -108,12 +145,51 @@ def span(name: str, **fields: Json) -> Iterator[Span]:
     finally:
         _span.reset(token)
         duration_s = time.perf_counter() - start
-        _send({"ts": time.time(), "name": name, "run": _run.get(), "span": identity, "parent": parent, "duration_s": duration_s, **opened.fields})
+        event: dict[str, Json] = {"ts": time.time(), "name": name, "run": _run.get(), "span": identity, "parent": parent, "trace": trace}
+        _send({**event, "kind": "span", "duration_s": duration_s, **opened.fields})
 
 
-def decision(what: str, *, chose: str, among: Sequence[str], because: str, **fields: Json) -> None:
-    """Records a choice: what was chosen, among what, and why."""
-    emit("decision", what=what, chose=chose, among=list(among), because=because, **fields)
+def decision(what: str, *, chose: str, among: Sequence[str], because: str, confidence: float | None = None, causes: Sequence[str] = (), **fields: Json) -> str:
+    """Records a choice and returns its id, "" where nobody listens.
+
+    Args:
+        what: the question ("route").
+        chose: the answer.
+        among: all that could have been chosen.
+        because: why, in words.
+        confidence: how sure, in [0, 1], where that is known.
+        causes: ids of earlier decisions that led to this one; "" among them is left out.
+    """
+    if not _sinks:
+        return ""
+    identity = f"d{_new_id()}"
+    known: dict[str, Json] = {"what": what, "chose": chose, "among": list(among), "because": because, "id": identity}
+    if confidence is not None:
+        known["confidence"] = confidence
+    if found := [cause for cause in causes if cause]:
+        known["causes"] = list[Json](found)
+    emit("decision", **(known | fields))
+    return identity
+
+
+def traceparent() -> str:
+    """The open span as a W3C `traceparent` header, "" outside any: what to hand to another process or service.
+
+    Source: https://www.w3.org/TR/trace-context/
+    """
+    trace, inside = _span.get()
+    return f"00-{trace}-{inside}-01" if trace else ""
+
+
+@contextmanager
+def continued(header: str) -> Iterator[None]:
+    """Spans of the block go below the span that a `traceparent` names; a header that is none starts a trace of its own, as its standard says."""
+    parts = _TRACEPARENT.fullmatch(header.strip())
+    token = _span.set((parts[1], parts[2]) if parts and not header.startswith("ff") else ("", ""))
+    try:
+        yield
+    finally:
+        _span.reset(token)
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Loss:
         needs: "logprobs" of the targets, or full "logits" (then the second argument holds [T, V] logits; local backends only).
         extras: names that every datum's `extras` must hold.
         native: the Tinker service's name of the same loss, where it has one.
+        prepare: adds to a rendered datum what the loss needs and text alone tells (candidates, extras); run once per datum before training.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Loss:
     needs: Literal["logprobs", "logits"] = "logprobs"
     extras: tuple[str, ...] = ()
     native: str | None = None
+    prepare: Callable[[Datum, Tokenizer], Datum] | None = None
 
 
 @runtime_checkable

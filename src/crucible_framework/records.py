@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, dataclass_transform, overload
+from typing import Literal, TypeVar, cast, dataclass_transform, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,10 @@ __all__ = [
     "TrainConfig",
     "TrainingResult",
     "Verdict",
+    "Role",
+    "answer_id",
     "record",
+    "split_answer_id",
 ]
 
 T = TypeVar("T")
@@ -610,3 +613,18 @@ class HedgeOutcome:
     latency_s: float
     ok: bool
     legs: tuple[HedgeLeg, ...]
+
+
+# ------------------------------------------------------------------------------------------------- answers that belong together
+Role = Literal["chosen", "rejected", "baseline", "view1", "view2"]
+
+
+def answer_id(name: str, role: Role) -> str:
+    """The id of one of several answers to one prompt, "<name>#<role>"; batches keep them together, and losses compare them."""
+    return f"{name}#{role}"
+
+
+def split_answer_id(identity: str) -> tuple[str, Role | Literal[""]]:
+    """(name, role) of an id that `answer_id` made; (the id, "") of any other."""
+    name, _, role = identity.rpartition("#")
+    return (name, cast("Role", role)) if name and role in get_args(Role) else (identity, "")

@@ -38,7 +38,7 @@ def test_a_class_with_the_methods_is_a_tokenizer_and_another_is_not() -> None:
 
 
 def test_the_contracts_are_these() -> None:
-    assert {contract.__name__ for contract in CONTRACTS} == {"Backend", "Clock", "Sampler", "Tokenizer", "TrainingSession"}
+    assert {contract.__name__ for contract in CONTRACTS} == {"Backend", "Clock", "HedgePolicy", "Router", "Sampler", "Tokenizer", "TrainingSession"}
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda contract: contract.__name__)
@@ -49,9 +49,11 @@ def test_a_contract_has_no_body_and_says_the_type_of_everything(contract: type) 
         function = member.fget if isinstance(member, property) else member
         if name.startswith("_") or not inspect.isfunction(function):
             continue
-        wanted = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
-        assert {*wanted, "return"} <= set(function.__annotations__), f"{contract.__name__}.{name}"
-        assert function(object(), *wanted) is None, f"{contract.__name__}.{name} has a body"
+        parameters = {name: one for name, one in inspect.signature(function).parameters.items() if name != "self"}
+        named = {name: name for name, one in parameters.items() if one.kind is inspect.Parameter.KEYWORD_ONLY}
+        wanted = [name for name in parameters if name not in named]
+        assert {*parameters, "return"} <= set(function.__annotations__), f"{contract.__name__}.{name}"
+        assert function(object(), *wanted, **named) is None, f"{contract.__name__}.{name} has a body"
 
 
 def test_a_loss_says_what_it_needs() -> None:

@@ -54,7 +54,7 @@ def test_every_name_in_the_table_is_a_loss_of_that_name(name: str) -> None:
 
 
 def test_unknown_name_gives_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"No loss is called 'cross_entropi'. Did you mean 'cross_entropy'\?.*module:attribute"):
+    with pytest.raises(UnknownNameError, match=r"No loss is called 'cross_entropi'. Did you mean 'cross_entropy'.*module:attribute"):
         resolve("cross_entropi")
     with pytest.raises(UnknownNameError, match="'mse'"):
         combine({"cross_entropy": 1.0, "mze": 1.0})
@@ -95,9 +95,14 @@ def test_combined_loss_is_the_weighted_sum(first: float, second: float, seed: in
     value, metrics = combine(dict(zip(names, (first, second), strict=True))).fn(data, logprobs)
     torch.testing.assert_close(value, first * parts[0] + second * parts[1])
     weight = sum(float(datum.weights.sum()) for datum in data)
-    assert metrics == {f"loss/{name}": pytest.approx(float(part.detach()) / weight) for name, part in zip(names, parts, strict=True)}
-    expected = torch.autograd.grad(first * parts[0] + second * parts[1], logprobs)
-    for found, wanted in zip(torch.autograd.grad(value, logprobs), expected, strict=True):
+    norms = [math.hypot(*(float(part.norm()) for part in torch.autograd.grad(one, logprobs, retain_graph=True))) for one in parts]
+    expected = {f"loss/{name}": float(part.detach()) / weight for name, part in zip(names, parts, strict=True)}
+    assert metrics == pytest.approx(expected | {f"grad_norm/{name}": norm / weight for name, norm in zip(names, norms, strict=True)})
+    with torch.no_grad():
+        _, quiet = combine(dict(zip(names, (first, second), strict=True))).fn(data, logprobs)
+    assert quiet == pytest.approx(expected)
+    gradients = torch.autograd.grad(first * parts[0] + second * parts[1], logprobs)
+    for found, wanted in zip(torch.autograd.grad(value, logprobs), gradients, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
@@ -113,7 +118,7 @@ def test_own_functions_combine_and_report() -> None:
     data, logprobs = inputs()
     value, metrics = combine({length: 2.0, CROSS_ENTROPY: 0.0}).fn(data, logprobs)
     assert float(value.detach()) == pytest.approx(2 * float(length(data, logprobs)[0].detach()))
-    assert metrics.keys() == {"length/tokens", "loss/length", "loss/cross_entropy"}
+    assert metrics.keys() == {"length/tokens", "loss/length", "loss/cross_entropy", "grad_norm/length", "grad_norm/cross_entropy"}
     assert metrics["length/tokens"] == 7.0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .batches import Batches, normalise
 from .benchmarks import DATASETS, Listing, datasets, load_dataset
 from .examples import LABELS, Loader, Source
+from .pairs import load_preferences, preference_examples
 from .rendering import Rendered, render, render_all
 from .sources import Row, read_rows
 from .tokens import ByteTokenizer, HuggingFaceTokenizer, completion_tokens, render_prompt
@@ -23,7 +24,9 @@ __all__ = [
     "completion_tokens",
     "datasets",
     "load_dataset",
+    "load_preferences",
     "normalise",
+    "preference_examples",
     "read_rows",
     "render",
     "render_all",

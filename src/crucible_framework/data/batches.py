@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, DataError
 from ..records import Batch, Datum
+from .pairs import together
 
 __all__ = ["BatchMode", "Batches", "normalise"]
 
@@ -35,12 +36,13 @@ class Batches:
         seed: epoch e has the permutation that (seed, e) gives.
         mode: "shuffle"; "length" puts examples of similar length together and shuffles the batches; "prefix" keeps examples that begin
             alike together (claims about one passage), so that an engine can compute the common start once; "pack" fills each batch with as many
-            examples as `max_tokens` holds, so that their number differs.
+            examples as `max_tokens` holds, so that their number differs. Answers that a loss compares ("q7#chosen" and "q7#rejected") stay in
+            one batch; they need "shuffle".
         max_tokens: input tokens per batch, for "pack" only; `size` × the longest example where it is None.
 
     Raises:
         DataError: no data, or an example longer than `max_tokens`.
-        ConfigError: a size, seed, mode or max_tokens out of range.
+        ConfigError: a size, seed, mode or max_tokens out of range, or a size or mode that tears such answers apart.
     """
 
     def __init__(self, data: Sequence[Datum], size: int, *, seed: int, mode: BatchMode = "shuffle", max_tokens: int | None = None) -> None:
@@ -61,6 +63,7 @@ class Batches:
                 f"Example {self.data[longest].id!r} has {self._lengths[longest]} tokens; expected at most max_tokens {self.max_tokens}. "
                 "Render with a smaller max_length, or raise max_tokens."
             )
+        self._groups = together(self.data, size, mode)
         self._families = _families(self.data) if mode == "prefix" else ()
         self._starts = [0]
         self._cache: dict[int, tuple[tuple[int, ...], ...]] = {}
@@ -103,12 +106,15 @@ class Batches:
         batches = self._cache.pop(epoch, None)
         if batches is None:
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-            order = generator.permutation(len(self.data))
+            order = generator.permutation(len(self.data)) if not self._groups else self._in_groups(generator)
             batches = self._pack(order) if self.mode == "pack" else self._chunks(order, generator)
             while len(self._cache) > 1:
                 del self._cache[next(iter(self._cache))]
         self._cache[epoch] = batches
         return batches
+
+    def _in_groups(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        return np.concatenate([self._groups[i] for i in generator.permutation(len(self._groups))])
 
     def _chunks(self, order: NDArray[np.int64], generator: np.random.Generator) -> tuple[tuple[int, ...], ...]:
         if self.mode == "length":

@@ -277,9 +277,8 @@ def run(
         claim(folder, full_plan(experiment), resume=resume)
         for place in (folder, folder / CELLS, folder / BASES):
             files.sweep(place)
-        environment = folder / "environment.json"
-        if not environment.exists():
-            files.write_json(environment, describe_environment())
+        if not (folder / "environment.json").exists():
+            files.write_json(folder / "environment.json", describe_environment())
         pending, done = _pending(experiment, folder, retry_failed=retry_failed)
         events.emit("experiment.started", experiment=experiment.name, cells=len(pending) + done, pending=len(pending))
         runner = _Runner(experiment, folder, pending, done, progress)

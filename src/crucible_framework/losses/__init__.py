@@ -6,13 +6,15 @@ what any loss computes.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, cast, overload
 
-from ..errors import BackendError, ConfigError
-from ..plugins import Registry
-from ..protocols import Loss, LossFn
+from ..errors import BackendError, ConfigError, UnknownNameError
+from ..plugins import Registry, load_attribute
+from ..protocols import Loss, LossFn, Tokenizer
 from ..records import Datum
 
 if TYPE_CHECKING:
@@ -20,14 +22,19 @@ if TYPE_CHECKING:
 
 __all__ = ["combine", "losses", "register", "resolve"]
 
-losses: Registry[Loss] = Registry(
-    "loss",
-    {
-        "cross_entropy": "crucible_framework.losses.tokenwise:CROSS_ENTROPY",
-        "kl": "crucible_framework.losses.tokenwise:KL",
-        "mse": "crucible_framework.losses.tokenwise:MSE",
-    },
-)
+_TABLE = {
+    "tokenwise": "cross_entropy kl mse",
+    "policy": "importance_sampling ppo cispo dro gspo on_policy_distillation",
+    "preference": "dpo ipo simpo orpo kto",
+    "distillation": "distillation",
+    "regularizers": "entropy negative_entropy forward_kl reverse_kl symmetric_kl consistency",
+    "structure": "topological citation_validity chirality",
+}
+_PLACES = {name: f"{__name__}.{file}" for file, names in _TABLE.items() for name in names.split()}
+_WITH_SETTINGS = frozenset(["ppo", "cispo", "dro", "gspo", "dpo", "ipo", "simpo", "orpo", "kto", "distillation", "topological"])
+_CALL = re.compile(r"(?P<name>\w+)\((?P<settings>[^()]*)\)")
+
+losses: Registry[Loss] = Registry("loss", {name: f"{place}:{name.upper()}" for name, place in _PLACES.items()})
 """All losses; other distributions add theirs under the entry-point group `crucible.loss`."""
 
 
@@ -53,18 +60,64 @@ def register(name: str, *, source: str = "user", needs: Literal["logprobs", "log
 def resolve(spec: str | Mapping[str, float] | Loss | LossFn) -> Loss:
     """The loss that is meant: a name or "module:attribute", weights over several (see `combine`), a `Loss`, or a plain function.
 
+    A loss with settings may be named with them: "dpo(beta=0.5)", "topological(variant=dagma)".
+
     Raises:
         UnknownNameError: nothing has that name; the nearest ones are named.
-        ConfigError: `spec` is none of these.
+        ConfigError: `spec` is none of these, or a setting is unknown or out of range.
     """
     if isinstance(spec, Mapping):
         return combine(spec)
+    if isinstance(spec, str) and (call := _CALL.fullmatch(spec.strip())):
+        return _with_settings(call["name"], call["settings"])
     found: object = losses.get(spec) if isinstance(spec, str) else spec
     if isinstance(found, Loss):
         return found
     if callable(found):
         return Loss(name=getattr(found, "__name__", type(found).__name__), fn=found, source="user")
     raise ConfigError(f"{spec!r} gives a {type(found).__name__}; expected a loss: a name, weights over names, a Loss or a function (data, logprobs).")
+
+
+def _setting(text: str) -> str | float | bool:
+    if text in ("True", "true", "False", "false"):
+        return text.lower() == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip("'\"")
+
+
+def _with_settings(name: str, settings: str) -> Loss:
+    """The loss of that name with "key=value, …" in the place of its defaults."""
+    if name not in _WITH_SETTINGS:
+        raise UnknownNameError("loss with settings", name, _WITH_SETTINGS)
+    factory = cast("Callable[..., Loss]", load_attribute(f"{_PLACES[name]}:{name}"))
+    known = tuple(inspect.signature(factory).parameters)
+    given: dict[str, str | float | bool] = {}
+    for part in filter(None, (piece.strip() for piece in settings.split(","))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in known:
+            raise UnknownNameError(f"setting of loss {name!r}", key, known)
+        given[key] = _setting(value)
+        default = inspect.signature(factory).parameters[key].default
+        if not equals or type(given[key]) is not type(default):
+            raise ConfigError(f"The setting {part!r} of loss {name!r} does not fit; expected '{key}=' and a value like {default!r}.")
+    return factory(**given)
+
+
+def _terms(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) -> list[tuple[Loss, float]]:
+    """The losses with their factors, checked; see `combine`."""
+    for key, factor in weights.items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor < 0:
+            name = key if isinstance(key, str) else getattr(key, "name", getattr(key, "__name__", type(key).__name__))
+            raise ConfigError(f"The weight of loss {name!r} is {factor!r}; expected a finite number of at least 0, for example 0.5.")
+    if not any(weights.values()):
+        raise ConfigError(f"The loss weights {dict(weights)!r} have no positive one; expected at least one, for example {{'cross_entropy': 1.0}}.")
+    terms = [(resolve(key), float(factor)) for key, factor in weights.items()]
+    names = [term.name for term, _ in terms]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"The combined losses are called {', '.join(map(repr, names))}; expected each name once. Give functions different names.")
+    return terms
 
 
 @overload
@@ -77,6 +130,9 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
     Each term's own value, without its factor, is reported as `loss/<name>` per unit of token weight, so that the reported loss is
     Σ c_i · `loss/<name_i>`; what a term itself reports becomes `<name>/<metric>`. A term with factor 0 is reported and adds nothing.
 
+    In training `grad_norm/<name>` is the L2 norm of the term's gradient with respect to its input, without its factor, per unit of token weight:
+    a term of norm 0 is dead, and one whose factor × norm is far above the others' drowns them.
+
     Args:
         weights: factor per loss (name, `Loss` or function); each at least 0, one of them more.
 
@@ -84,16 +140,7 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
         UnknownNameError: a name is not registered.
         ConfigError: no loss, a negative or non-finite factor, only zeros, or two losses of one name.
     """
-    for key, factor in weights.items():
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor) or factor < 0:
-            name = key if isinstance(key, str) else getattr(key, "name", getattr(key, "__name__", type(key).__name__))
-            raise ConfigError(f"The weight of loss {name!r} is {factor!r}; expected a finite number of at least 0, for example 0.5.")
-    if not any(weights.values()):
-        raise ConfigError(f"The loss weights {dict(weights)!r} have no positive one; expected at least one, for example {{'cross_entropy': 1.0}}.")
-    terms = [(resolve(key), float(factor)) for key, factor in weights.items()]
-    names = [term.name for term, _ in terms]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"The combined losses are called {', '.join(map(repr, names))}; expected each name once. Give functions different names.")
+    terms = _terms(weights)
     needs: Literal["logprobs", "logits"] = "logits" if any(term.needs == "logits" for term, _ in terms) else "logprobs"
 
     def combined(data: Sequence[Datum], inputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -115,7 +162,18 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
             metrics[f"loss/{term.name}"] = float(value.detach()) / total
             if factor:
                 parts.append(factor * value.reshape(()))
+            if torch.is_grad_enabled() and value.requires_grad:
+                found = torch.autograd.grad(value.reshape(()), inputs, retain_graph=True, allow_unused=True)
+                norm = math.hypot(*(float(part.norm()) for part in found if part is not None))
+                metrics[f"grad_norm/{term.name}"] = norm / abs(total)
         return torch.stack(parts).sum(), metrics
+
+    steps = list(dict.fromkeys(term.prepare for term, _ in terms if term.prepare is not None))
+
+    def prepare(datum: Datum, tokenizer: Tokenizer) -> Datum:
+        for step in steps:
+            datum = step(datum, tokenizer)
+        return datum
 
     return Loss(
         name="+".join(f"{factor:g}*{term.name}" for term, factor in terms),
@@ -123,4 +181,5 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
         source="weighted sum of: " + "; ".join(term.source for term, _ in terms),
         needs=needs,
         extras=tuple(dict.fromkeys(name for term, _ in terms for name in term.extras)),
+        prepare=prepare if steps else None,
     )

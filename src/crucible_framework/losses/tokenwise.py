@@ -17,9 +17,10 @@ from ..errors import DataError
 from ..protocols import Loss
 from ..records import Datum
 
-__all__ = ["CROSS_ENTROPY", "KL", "MSE", "cross_entropy", "extra", "kl", "mse"]
+__all__ = ["CROSS_ENTROPY", "KL", "MSE", "REFERENCE", "cross_entropy", "extra", "kl", "like_targets", "mse", "weighted"]
 
 REFERENCE = "reference_logprobs"
+"""The extra that holds another model's log-probs of the targets; the trainer fills it with the base model's."""
 
 
 def extra(datum: Datum, name: str, loss: str = "") -> NDArray[np.float32]:
@@ -38,7 +39,7 @@ def extra(datum: Datum, name: str, loss: str = "") -> NDArray[np.float32]:
     return datum.extras[name]
 
 
-def _pairs(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> Iterator[tuple[Datum, Tensor, Tensor]]:
+def weighted(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> Iterator[tuple[Datum, Tensor, Tensor]]:
     """Each datum with its log-probs where the weight is not 0 (else 0, so that no infinity leaks) and its weights."""
     if not data or len(data) != len(logprobs):
         raise DataError(f"A loss got {len(data)} data and {len(logprobs)} log-prob tensors; expected as many of each, at least one.")
@@ -47,6 +48,19 @@ def _pairs(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> Iterator[tuple[
             raise DataError(f"Datum {datum.id!r} has log-probs of shape {tuple(logp.shape)}; expected that of its targets, {datum.weights.shape}.")
         weights = torch.tensor(datum.weights).to(logp)
         yield datum, torch.where(weights != 0, logp, torch.zeros_like(logp)), weights
+
+
+def like_targets(datum: Datum, name: str, loss: str, logp: Tensor, weights: Tensor) -> Tensor:
+    """The datum's extra of that name as a tensor like its log-probs, 0 where the weight is 0.
+
+    Raises:
+        DataError: it is missing, or of another shape than the targets.
+    """
+    array = extra(datum, name, loss)
+    if array.shape != datum.weights.shape:
+        raise DataError(f"Datum {datum.id!r} has {name!r} of shape {array.shape}; expected that of its targets, {datum.weights.shape}.")
+    values = torch.tensor(array).to(logp)
+    return torch.where(weights != 0, values, torch.zeros_like(values))
 
 
 def cross_entropy(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -59,7 +73,7 @@ def cross_entropy(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> tuple[Te
 
     Source: Shannon 1948, "A Mathematical Theory of Communication"; negative log-likelihood.
     """
-    terms = [-(weights * logp).sum() for _, logp, weights in _pairs(data, logprobs)]
+    terms = [-(weights * logp).sum() for _, logp, weights in weighted(data, logprobs)]
     return torch.stack(terms).sum(), {}
 
 
@@ -73,7 +87,7 @@ def mse(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict
 
     Source: the target's term of Brier 1950, "Verification of forecasts expressed in terms of probability".
     """
-    terms = [(weights * torch.expm1(logp).square()).sum() for _, logp, weights in _pairs(data, logprobs)]
+    terms = [(weights * torch.expm1(logp).square()).sum() for _, logp, weights in weighted(data, logprobs)]
     return torch.stack(terms).sum(), {}
 
 
@@ -94,7 +108,7 @@ def kl(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[
     Source: Schulman 2020, "Approximating KL divergence" (k3); Kullback & Leibler 1951; Hinton et al. 2015, arXiv 1503.02531 (soft targets).
     """
     terms = []
-    for datum, logp, weights in _pairs(data, logprobs):
+    for datum, logp, weights in weighted(data, logprobs):
         array = extra(datum, REFERENCE, "kl")
         if array.shape != datum.weights.shape:
             raise DataError(f"Datum {datum.id!r} has {REFERENCE!r} of shape {array.shape}; expected that of its targets, {datum.weights.shape}.")

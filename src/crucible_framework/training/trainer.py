@@ -221,10 +221,11 @@ class Trainer:
             self._run.write_json("data.json", cards)
         if rendered.completions_cut:
             events.emit("data.truncated", completions=rendered.completions_cut, max_length=self.config.max_length)
-        extra = held_out.data if held_out else ()
-        if "reference_logprobs" not in self.loss.extras:
-            return rendered.data, extra
-        both = self._with_reference((*rendered.data, *extra))
+        both = (*rendered.data, *(held_out.data if held_out else ()))
+        if (prepare := self.loss.prepare) is not None:
+            both = tuple(prepare(datum, tokenizer) for datum in both)
+        if "reference_logprobs" in self.loss.extras:
+            both = self._with_reference(both)
         return both[: len(rendered.data)], both[len(rendered.data) :]
 
     def _with_reference(self, data: Sequence[Datum]) -> tuple[Datum, ...]:
@@ -298,7 +299,7 @@ class Trainer:
         tokens = sum(batch.tokens for batch in pending.slices)
         row |= {"train/tokens": tokens, "train/lr": pending.lr, "grad/global_norm": optim.grad_norm}
         for name in outputs[0].metrics:
-            row[f"train/{name}"] = sum(output.metrics.get(name, 0.0) for output in outputs)
+            row[f"train/{name}"] = sum(output.metrics.get(name, 0.0) * output.weight for output in outputs) / weight
         row |= {f"grad/{name}" if "/" not in name else name: value for name, value in optim.metrics.items()}
         events.emit("training.step", step=pending.step, loss=row["train/loss"], grad_norm=optim.grad_norm, lr=pending.lr, tokens=tokens)
         return row, tokens

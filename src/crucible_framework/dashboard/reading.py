@@ -1,0 +1,228 @@
+"""Growing files, read from where the last look ended, and the curves in them.
+
+A cursor is "inode-offset": a file that was replaced (a resumed run takes rows back) or cut is noticed and read anew. A line without its
+end is not a row yet. This file knows rows and numbers; it does not know what a loss is.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+import threading
+from array import array
+from collections import OrderedDict
+from pathlib import Path
+
+import orjson
+
+from ..errors import NotFoundError
+from ..files import storage_errors
+from ..records import Json, record
+from ..reports.charts import thin
+from ..store import RunInfo, list_runs, read_run
+
+__all__ = ["Chunk", "Curves", "Tail", "Workspace"]
+
+_MOST_BYTES = 8 << 20
+"""Bytes read of one file in one look at the most."""
+_KEPT_RUNS = 256
+_WATCHED = ("run.json", "config.json", "metrics.jsonl")
+
+
+@record
+class Chunk:
+    """New rows of a file. `again`: the file is another than before, and these are its first rows. `damaged`: lines that are no JSON object."""
+
+    rows: tuple[dict[str, Json], ...]
+    again: bool = False
+    damaged: int = 0
+
+
+class Tail:
+    """The rows of one JSON-lines file from a cursor on; "" is its start."""
+
+    def __init__(self, path: Path, cursor: str = "") -> None:
+        self.path = path
+        inode, _, offset = cursor.partition("-")
+        known = inode.isdecimal() and offset.isdecimal()
+        self._inode, self._offset = (int(inode), int(offset)) if known else (0, 0)
+
+    @property
+    def cursor(self) -> str:
+        """Where the next look begins."""
+        return f"{self._inode}-{self._offset}" if self._inode else ""
+
+    def read(self) -> Chunk:
+        """The rows since the last look; none where the file is missing.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        with storage_errors(self.path, "read"):
+            try:
+                file = self.path.open("rb")
+            except FileNotFoundError:
+                return Chunk(rows=())
+            with file:
+                stat = os.fstat(file.fileno())
+                again = bool(self._inode) and (stat.st_ino != self._inode or stat.st_size < self._offset)
+                if again:
+                    self._offset = 0
+                self._inode = stat.st_ino
+                if stat.st_size == self._offset:
+                    return Chunk(rows=(), again=again)
+                file.seek(self._offset)
+                data = file.read(_MOST_BYTES)
+        data = data[: data.rfind(b"\n") + 1]
+        self._offset += len(data)
+        parsed = [_row(line) for line in data.split(b"\n") if line]
+        rows = tuple(row for row in parsed if row is not None)
+        return Chunk(rows=rows, again=again, damaged=len(parsed) - len(rows))
+
+
+def _row(line: bytes) -> dict[str, Json] | None:
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class Curves:
+    """All numbers of a rows file by name, over their steps; `update` reads only what is new. Threads may share one."""
+
+    def __init__(self, path: Path) -> None:
+        self._tail = Tail(path)
+        self._lock = threading.Lock()
+        self._columns: dict[str, tuple[array[float], array[float]]] = {}
+        self.damaged = 0
+
+    def update(self) -> str:
+        """Reads what is new; returns the cursor up to which all is in."""
+        with self._lock:
+            while True:
+                chunk = self._tail.read()
+                if chunk.again:
+                    self._columns.clear()
+                    self.damaged = 0
+                self.damaged += chunk.damaged
+                for row in chunk.rows:
+                    self._add(row)
+                if not chunk.rows:
+                    return self._tail.cursor
+
+    def _add(self, row: dict[str, Json]) -> None:
+        step = row.get("step")
+        if not isinstance(step, (int, float)):
+            return
+        for name, value in row.items():
+            if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                continue
+            if name not in self._columns:
+                self._columns[name] = (array("d"), array("d"))
+            xs, ys = self._columns[name]
+            xs.append(step)
+            ys.append(math.nan if value is None else value)
+
+    def names(self) -> tuple[str, ...]:
+        """The names that have a number, in the order in which they appeared."""
+        with self._lock:
+            return tuple(self._columns)
+
+    def last(self, name: str) -> float | None:
+        """The last finite value of a name."""
+        with self._lock:
+            _, ys = self._columns.get(name, (None, ()))
+            return next((value for value in reversed(ys) if math.isfinite(value)), None)
+
+    def points(self, name: str, most: int = 800, low: float = -math.inf, high: float = math.inf) -> list[tuple[float, float]]:
+        """At most `most` points with low <= step <= high; lowest and highest of each stretch stay, so that no peak is lost."""
+        with self._lock:
+            xs, ys = self._columns.get(name, (array("d"), array("d")))
+            sorted_ = all(a <= b for a, b in zip(xs[-2:], xs[-1:], strict=False))
+            first, end = (bisect.bisect_left(xs, low), bisect.bisect_right(xs, high)) if sorted_ else (0, len(xs))
+            found = [(x, y) for x, y in zip(xs[first:end], ys[first:end], strict=True) if math.isfinite(y) and low <= x <= high]
+        return thin(found, most)
+
+
+class Workspace:
+    """The runs directly under a folder, with what was read of them kept until their files change. Threads may share one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._lock = threading.Lock()
+        self._infos: dict[str, tuple[tuple[object, ...], RunInfo]] = {}
+        self._curves: OrderedDict[Path, Curves] = OrderedDict()
+
+    def names(self) -> tuple[str, ...]:
+        """The folders that hold a run, sorted."""
+        with storage_errors(self.root, "read"):
+            return tuple(sorted(p.parent.name for p in self.root.glob("*/run.json") if not p.parent.name.startswith(".")))
+
+    def folder(self, name: str) -> Path:
+        """A run's folder.
+
+        Raises:
+            NotFoundError: no run has exactly this name; a path is no name.
+        """
+        if not name or name.startswith(".") or any(sign in name for sign in "/\\\0") or not (self.root / name / "run.json").is_file():
+            raise NotFoundError(f"There is no run {name!r} in {str(self.root)!r}. Open the list of runs and choose one.")
+        return self.root / name
+
+    def signature(self, name: str) -> tuple[object, ...]:
+        """Changes whenever the run's state or curves do."""
+        folder = self.root / name
+        return tuple(_stamp(folder / file) for file in _WATCHED)
+
+    def changed_s(self, name: str) -> float:
+        """When one of those files last changed, in seconds since the epoch."""
+        return max(_stamp(self.root / name / file)[2] for file in _WATCHED) / 1e9
+
+    def info(self, name: str) -> RunInfo:
+        """What the run's files say of it; damaged ones give the status "broken"."""
+        signature = self.signature(name)
+        with self._lock:
+            kept = self._infos.get(name)
+        # "running" is checked anew: a killed process changes no file
+        if kept and kept[0] == signature and kept[1].status != "running":
+            return kept[1]
+        try:
+            info = read_run(self.folder(name))
+        except NotFoundError:
+            raise
+        except Exception:
+            info = next((one for one in list_runs(self.root) if one.name == name), None) or read_run(self.root / name)
+        with self._lock:
+            self._infos[name] = (signature, info)
+        return info
+
+    def infos(self) -> tuple[RunInfo, ...]:
+        """All runs, newest first."""
+        found = []
+        for name in self.names():
+            try:
+                found.append(self.info(name))
+            except NotFoundError:  # removed meanwhile
+                continue
+        return tuple(sorted(found, key=lambda info: (-info.created_at, info.name)))
+
+    def curves(self, name: str, file: str = "metrics.jsonl") -> Curves:
+        """The curves of one of the run's files, up to date."""
+        path = self.folder(name) / file
+        with self._lock:
+            curves = self._curves.get(path) or Curves(path)
+            self._curves[path] = curves
+            self._curves.move_to_end(path)
+            while len(self._curves) > _KEPT_RUNS:
+                self._curves.popitem(last=False)
+        curves.update()
+        return curves
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -1,0 +1,214 @@
+"""The page of one run and the page that compares several. Results, configuration and samples are the report's own sections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..records import Json
+from ..reports import words
+from ..reports.charts import dot_plot, line_chart
+from ..reports.document import build
+from ..reports.evidence import is_baseline
+from ..reports.markup import Markup, element, join
+from ..reports.parts import DotPlot, Interval, LineChart, Series
+from ..reports.parts import Table as ReportTable
+from ..reports.web import render_section
+from .frame import choice, field, link, page, part, status, table, url
+from .views import ChartView, Comparison, RunPage, smoothed
+
+__all__ = ["MOST_COMPARED", "chart_svg", "compare_page", "event_rows", "run_html"]
+
+MOST_COMPARED = 16
+_STYLE = (
+    "svg{background:#fbfaf8}text{font:12px system-ui,sans-serif;fill:#625d55}.grid{stroke:#e8e5de}.axis{stroke:#625d55}"
+    ".curve{fill:none;stroke:#56657a;stroke-width:1.25;stroke-linejoin:round}.curve.smooth{stroke:#b0451b;stroke-width:2.25}"
+    ".curve.held_out{stroke:#2c6a45;stroke-width:1.5;stroke-dasharray:5 4}.mark{fill:#1f1d1a}.mark.held_out{fill:#2c6a45}"
+)
+
+
+def _as_line_chart(view: ChartView) -> LineChart:
+    series = []
+    for line in view.lines:
+        series.append(Series(name=line.name, x=line.x, y=line.y, role="smooth" if line.role == "exact" else line.role))
+        if line.role == "raw" and len(line.y) > 20:
+            series.append(Series(name=f"{line.name}, smoothed", x=line.x, y=tuple(smoothed(line.y)), role="smooth"))
+    nothing = ReportTable(title="", columns=(), rows=(), source="")
+    return LineChart(title=view.title, x_label="step", y_label=view.unit, series=tuple(series), source=view.file, values=nothing, log=view.log)
+
+
+def chart_svg(view: ChartView) -> str:
+    """The chart as an SVG file of its own."""
+    drawn, _, _ = line_chart(_as_line_chart(view), f"chart-{view.key}").partition("</svg>")
+    head, _, rest = drawn.partition(">")
+    style = element("style", None, Markup(_STYLE))
+    return f'{head} xmlns="http://www.w3.org/2000/svg" width="960" height="465">{style}{rest}</svg>\n'
+
+
+def _plot(name: str, view: ChartView) -> Markup:
+    files = [link(kind.upper(), url("runs", name, "charts", f"{view.key}.{kind}"), download=f"{name}-{view.key}.{kind}") for kind in ("svg", "csv")]
+    caption = element(
+        "figcaption", None, element("b", None, view.title), " ", element("span", {"class": "unit"}, view.unit), element("span", {"class": "save"}, *files)
+    )
+    return element(
+        "figure", {"class": "plot", "data-chart": view.key}, caption, element("div", {"class": "canvas"}, line_chart(_as_line_chart(view), f"p{view.key}"))
+    )
+
+
+def event_rows(events: Sequence[Mapping[str, Json]]) -> list[Markup]:
+    """Events as table rows, the newest first."""
+    rows = []
+    for event in reversed(events):
+        known = ("ts", "name", "run", "span", "parent", "trace", "kind", "seq")
+        rest = "  ".join(f"{key}={words.setting(value)}" for key, value in event.items() if key not in known and value not in ("", None))
+        shown = (words.when(event.get("ts")), str(event.get("name", "")), words.clip(rest, 400))
+        rows.append(
+            element(
+                "tr",
+                None,
+                element("td", {"class": "time"}, shown[0]),
+                element("td", {"class": "event"}, shown[1]),
+                element("td", {"class": "fields"}, shown[2]),
+            )
+        )
+    return rows
+
+
+def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool) -> str:
+    """The whole page; `cursor` and `parts` are where its live updates begin."""
+    name = view.info.name
+    document = build(view.files)
+    facts = [(fact.label, fact.value, fact.detail) for fact in document.facts]
+    cells = (element("div", None, element("dt", None, a), element("dd", None, b), element("dd", {"class": "detail"}, c)) for a, b, c in facts)
+    notices = (*document.notices, *(p for p in view.problems if p not in document.notices), *((view.info.error,) if view.info.error else ()))
+    links = [link("Trace", url("runs", name, "trace")), link("Metrics (CSV)", url("runs", name, "metrics.csv"), download=f"{name}.csv")]
+    if report:
+        links.append(link("Report", url("runs", name, "report.html")))
+    head = part(
+        "head",
+        element("p", {"class": "kicker"}, link("Runs", "/"), " / "),
+        element("h1", None, name, " ", status(view.info.status)),
+        element("p", {"class": "subtitle"}, document.subtitle),
+        element("p", {"class": "verdict"}, document.verdict) if view.files.arms else join(),
+        element("dl", {"class": "facts"}, *cells) if facts else join(),
+        element("p", {"class": "links"}, *links),
+        *([element("aside", {"class": "notices"}, element("ul", None, *(element("li", None, one) for one in notices)))] if notices else ()),
+    )
+    shown = [("curves", "Curves"), *((one.key, one.title) for one in document.sections), ("events", "Events")]
+    contents = element("nav", {"class": "contents", "aria-label": "Contents"}, element("ul", None, *(element("li", None, link(b, f"#{a}")) for a, b in shown)))
+    slider = field({"type": "range", "min": "0", "max": "0.99", "step": "0.01", "value": "0.9", "id": "smoothing", "aria-label": "Smoothing"})
+    controls = element(
+        "div",
+        {"class": "tools"},
+        element("label", None, "Smoothing ", slider),
+        element("span", {"class": "soft small"}, "drag to zoom, double-click or Esc to reset, ← → to read values"),
+    )
+    plots = element("div", {"class": "plots", "id": "plots"}, *(_plot(name, one) for one in view.charts))
+    curves = element(
+        "section",
+        {"id": "curves", "aria-labelledby": "curves-heading"},
+        element("h2", {"id": "curves-heading"}, "Curves"),
+        controls if view.charts else join(),
+        plots,
+    )
+    empty = element("p", {"class": "note"}, "No metrics yet: they appear with the first step.") if not view.charts else join()
+    sections = []
+    for section in document.sections:
+        blocks = tuple(block for block in section.blocks if not isinstance(block, LineChart))
+        if blocks:
+            sections.append(
+                element("div", {"data-part": f"part-{section.key}"}, render_section(type(section)(key=section.key, title=section.title, blocks=blocks)))
+            )
+    log = element(
+        "section",
+        {"id": "events", "aria-labelledby": "events-heading"},
+        element("h2", {"id": "events-heading"}, "Events"),
+        field({"type": "search", "id": "event-filter", "placeholder": "Filter events", "aria-label": "Filter events"}),
+        element(
+            "div",
+            {"class": "scroll log", "role": "region", "aria-label": "Events", "tabindex": "0"},
+            element("table", None, element("tbody", {"id": "log"}, *event_rows(events))),
+        ),
+    )
+    body = element("div", {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts}, head, contents, curves, empty, *sections, log)
+    return page(name, body, tab="/", script="run.js", tabs=tabs)
+
+
+def _interval_rows(view: Comparison) -> list[DotPlot]:
+    groups: dict[tuple[str, str], list[Interval]] = {}
+    for run, where, one in view.estimates:
+        if is_baseline(one.name):
+            continue
+        label, _, data = where.rpartition(" ")
+        row = Interval(
+            label=f"{run} · {label or data}",
+            value=one.value,
+            low=one.low,
+            high=one.high,
+            text=words.number(one.value),
+            tone="adapter" if label == "adapter" else "base",
+        )
+        groups.setdefault((one.name, data), []).append(row)
+    return [
+        DotPlot(title=name.replace("_", " "), rows=tuple(rows), unit=f"{name.replace('_', ' ')} on data {data}", source="eval/*/evaluation.json")
+        for (name, data), rows in groups.items()
+    ]
+
+
+def compare_page(view: Comparison, metric: str, tabs: Sequence[tuple[str, str]]) -> str:
+    """Several runs over one metric, the settings that differ, last values, and evaluations with intervals per data set."""
+    keep = (field({"type": "hidden", "name": "run", "value": name}) for name in view.names)
+    pick = element("form", {"action": "/compare", "id": "pick"}, *keep, choice("metric", view.metrics or ("train/loss",), metric, "Metric", id="metric"))
+    slider = field({"type": "range", "min": "0", "max": "0.99", "step": "0.01", "value": "0.6", "id": "smoothing", "aria-label": "Smoothing"})
+    log = field({"type": "checkbox", "id": "log"})
+    controls = element("div", {"class": "tools"}, pick, element("label", None, "Smoothing ", slider), element("label", None, log, " logarithmic"))
+    data = link("CSV", url("compare.csv", query={"run": view.names, "metric": metric}), download="compare.csv", id="csv")
+    caption = element(
+        "figcaption",
+        None,
+        element("b", {"id": "chart-title"}, metric),
+        element("span", {"class": "save"}, link("SVG", "#", id="svg", download="compare.svg"), data),
+    )
+    figure = element(
+        "figure",
+        {"class": "plot wide", "id": "overlay"},
+        caption,
+        element("div", {"class": "canvas"}, element("p", {"class": "note"}, "The curves need JavaScript; the tables below do not.")),
+    )
+    titles = [join(link(name, url("runs", name)), " ", status(info.status)) for name, info in zip(view.names, view.infos, strict=True)]
+    settings = table(
+        ("Setting", *view.names),
+        [(key, *(words.setting(value) if value is not None else words.NOTHING for value in values)) for key, values in view.settings],
+        name="Settings that differ",
+        empty="The runs' configurations are equal.",
+    )
+    last = table(
+        ("Metric", *view.names),
+        [(name, *(words.number(info.metrics.get(name)) for info in view.infos)) for name in view.metrics],
+        name="Last values", numeric=range(1, len(view.names) + 1), empty="There are no metrics yet.",
+    )  # fmt: skip
+    plots = [
+        element("figure", None, element("figcaption", None, element("b", None, one.title)), dot_plot(one, f"d{i}"))
+        for i, one in enumerate(_interval_rows(view))
+    ]
+    note = element(
+        "p",
+        {"class": "note"},
+        "Each interval is of one number alone: overlap does not mean that two runs are equal. For a paired comparison: crucible eval --against.",
+    )
+    body = element(
+        "div",
+        {"id": "comparison", "data-metric": metric},
+        element("p", {"class": "kicker"}, link("Runs", "/"), " / "),
+        element("h1", None, f"{words.counted(len(view.names), 'run')} compared"),
+        element(
+            "p",
+            {"class": "chosen"},
+            *(element("span", {"class": f"chip c{i % 8}", "data-run": name}, title) for i, (name, title) in enumerate(zip(view.names, titles, strict=True))),
+        ),
+        controls,
+        figure,
+        element("section", None, element("h2", None, "Settings that differ"), settings),
+        element("section", None, element("h2", None, "Last values"), last),
+        *([element("section", None, element("h2", None, "Evaluations"), note, element("div", {"class": "plots"}, *plots))] if plots else ()),
+    )
+    return page("Compare", body, tab="/", script="compare.js", tabs=tabs)

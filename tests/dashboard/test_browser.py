@@ -1,0 +1,235 @@
+"""The pages in Debian's Chromium: every one without a message on the console, no text of a run executed, live numbers, keys, widths."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import quote
+
+import pytest
+
+from crucible_framework.backends import connect
+from crucible_framework.dashboard import Dashboard, Playground
+from crucible_framework.files import JsonLines
+from crucible_framework.store import open_run
+
+from .conftest import MakeRun, build_run
+from .payloads import PAYLOADS
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+PAGES = ("", "runs/run-0", "compare?run=run-0&run=run-1", "models", "models/judge/2", "traces", "runs/run-0/trace")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def url(workspace: Path) -> Iterator[str]:
+    with connect("fake") as backend, Dashboard(workspace, every_s=0.05, playground=Playground(backend, {"base": "tiny"})) as dashboard:
+        yield dashboard.url
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page of 1280 pixels whose console must stay empty and that may ask this machine only."""
+    opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    opened.on("request", lambda request: said.append(f"asked {request.url}") if not re.match(r"http://127\.0\.0\.1:|data:|blob:", request.url) else None)
+    opened.on("dialog", lambda dialog: dialog.accept("pwned"))
+    opened.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
+    yield opened
+    opened.close()
+    assert said == []
+
+
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as opened:
+        yield opened
+
+
+def until(page: Page, expression: str, seconds: float = 15.0) -> None:
+    """Waits for a true expression; playwright's own way needs `eval`, which the pages' policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(20)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_every_page_fits_its_width_and_is_silent(page: Page, url: str, width: int, scheme: Literal["light", "dark"]) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    for path in (*PAGES, "playground"):
+        page.goto(url + path)
+        page.wait_for_timeout(60)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        assert page.locator("h1").count() == 1
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(251, 250, 248)" if scheme == "light" else "rgb(23, 22, 20)")
+
+
+def test_no_text_of_a_run_is_executed(page: Page, tmp_path: Path, stack: contextlib.ExitStack) -> None:
+    build_run(tmp_path / "all", steps=6, evaluated=True, text=PAYLOADS[0])
+    metrics, log = (stack.enter_context(contextlib.closing(JsonLines(tmp_path / "all" / name))) for name in ("metrics.jsonl", "events.jsonl"))
+    for text in PAYLOADS:
+        metrics.append({"step": 7, text: 1.0})
+        metrics.append({"step": 8, text: 2.0})
+        log.append({"ts": 1.0, "name": text, "run": "", "span": "", "parent": "", "text": text})
+    build_run(tmp_path / "<img src=x onerror=window.pwned=1>", steps=6, text=PAYLOADS[13])
+    with Dashboard(tmp_path, every_s=0.05) as dashboard:
+        for path in (
+            "",
+            "runs/all",
+            "runs/all/trace",
+            "compare?run=all&metric=" + quote(PAYLOADS[2], safe=""),
+            "runs/" + quote("<img src=x onerror=window.pwned=1>"),
+        ):
+            page.goto(dashboard.url + path)
+            page.wait_for_timeout(150)
+            if path == "runs/all":
+                for text in PAYLOADS:  # and what comes live
+                    log.append({"ts": 2.0, "name": text, "text": text})
+                until(page, "document.querySelectorAll('#log tr').length > 110")
+            assert page.evaluate("window.pwned === undefined"), path
+        page.goto(dashboard.url)
+        metrics.append({"step": 9, "train/loss": 0.0625})
+        until(page, "document.body.textContent.includes('0.0625')")
+        assert page.evaluate("window.pwned === undefined")
+
+
+def test_a_run_grows_before_the_eyes(page: Page, tmp_path: Path) -> None:
+    with Dashboard(tmp_path, every_s=0.05) as dashboard, open_run(tmp_path / "a", {"base_model": "tiny"}) as run:
+        for step in range(1, 30):
+            run.log_metrics({"step": step, "train/loss": 1.0 / step})
+        page.goto(dashboard.url + "runs/a")
+        page.wait_for_selector("[data-chart=loss] .live-chart polyline")
+        assert page.locator("#live").text_content() == "live"
+        start = time.monotonic()
+        run.log_metrics({"step": 30, "train/loss": 0.0123})
+        until(page, "document.querySelector('[data-chart=loss] output').textContent === '0.0123'")
+        assert time.monotonic() - start < 2
+        run.finish({"steps": 30})
+        page.wait_for_selector("#head .state.done")
+
+
+def test_charts_zoom_hide_and_read_values_by_key(page: Page, url: str) -> None:
+    page.goto(url + "runs/run-0")
+    chart = page.locator("[data-chart=loss] .live-chart")
+    chart.wait_for()
+    box = chart.bounding_box()
+    assert box is not None
+    chart.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    output = page.locator("[data-chart=loss] output").first
+    assert (output.text_content() or "").endswith("@ 39")
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + 80)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 80)
+    page.mouse.up()
+    until(page, "[...document.querySelectorAll('[data-chart=loss] text')].every(t => t.textContent !== '40')")
+    chart.focus()
+    page.keyboard.press("Escape")
+    until(page, "[...document.querySelectorAll('[data-chart=loss] text')].some(t => t.textContent === '40')")
+    page.locator("[data-chart=loss] .key.held_out").click()
+    assert page.locator("[data-chart=loss] .key.held_out").get_attribute("aria-pressed") == "false"
+    page.locator("#event-filter").fill("checkpoint")
+    assert page.locator("#log tr:visible").count() == 1
+
+
+def test_runs_are_filtered_ordered_and_chosen_by_key(page: Page, url: str) -> None:
+    page.goto(url)
+    page.keyboard.press("/")
+    page.keyboard.type("run-1")
+    until(page, "document.querySelectorAll('#rows tr').length === 1")
+    page.locator("#q").fill("")
+    until(page, "document.querySelectorAll('#rows tr').length === 3")
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    page.keyboard.press("j")
+    page.keyboard.press("x")
+    assert page.locator("#compare").text_content() == "Compare 2 runs"
+    page.keyboard.press("c")
+    page.wait_for_selector("#comparison[data-ready=yes]")
+    assert page.locator("#overlay polyline").count() == 4
+    page.select_option("#metric", "grad/global_norm")
+    until(page, "document.getElementById('chart-title').textContent === 'grad/global_norm'")
+    with page.expect_download() as saved:
+        page.locator("#svg").click()
+    text = Path(saved.value.path()).read_text()
+    assert text.startswith("<svg")
+    assert "polyline" in text
+    page.goto(url + "?sort=loss&desc=0")
+    assert page.locator("th[aria-sort=ascending]").text_content() == "Loss ↑"
+
+
+def test_the_theme_is_kept(page: Page, url: str) -> None:
+    page.emulate_media(color_scheme="light")
+    page.goto(url)
+    page.locator("#theme").click()
+    page.locator("#theme").click()
+    assert page.locator("#theme").text_content() == "Theme: dark"
+    page.goto(url + "models")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 22, 20)"
+
+
+def test_the_playground_answers(page: Page, url: str) -> None:
+    page.goto(url + "playground")
+    page.fill("textarea[name=prompt]", "<b>What</b> is water?")
+    page.check("#probabilities")
+    page.keyboard.press("Control+Enter")
+    page.fill("textarea[name=system]", "")
+    page.locator("#send").click()
+    page.wait_for_selector("#answers .text")
+    assert page.locator("#answers .p").count() > 0
+
+
+def test_pages_can_be_read_without_scripts(browser: Browser, url: str) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    opened = context.new_page()
+    opened.goto(url + "runs/run-0")
+    assert opened.locator("[data-chart=loss] svg polyline").count() >= 2
+    opened.goto(url + "?q=run-2")
+    assert opened.locator("#rows tr").count() == 1
+    context.close()
+
+
+def test_fifty_runs_of_two_thousand_points_appear_quickly(page: Page, tmp_path: Path, make_run: MakeRun) -> None:
+    first = make_run(tmp_path / "r00", steps=2)
+    rows = b"".join(
+        b'{"step":%d,"epoch":0.1,"train/loss":%.4f,"train/lr":0.0001,"grad/global_norm":1.5,"train/tokens":400}\n' % (s, 2 / s) for s in range(1, 2001)
+    )
+    for index in range(50):
+        folder = tmp_path / f"r{index:02d}"
+        if folder != first:
+            shutil.copytree(first, folder)
+        (folder / "metrics.jsonl").write_bytes(rows)
+    with Dashboard(tmp_path) as dashboard:
+        start = time.monotonic()
+        page.goto(dashboard.url)
+        assert page.locator("#rows .spark").count() == 50
+        cold = time.monotonic() - start
+        start = time.monotonic()
+        page.goto(dashboard.url)
+        warm = time.monotonic() - start
+    assert warm < 1.5, "with what was read kept"
+    assert cold < 10, "1.5 s on an idle machine; this bound only tells that nothing is quadratic"
