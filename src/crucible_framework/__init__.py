@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .evaluation import compare, evaluate, load_evaluation, scorers
     from .experiments import Experiment, analyse, load_experiment, load_study
     from .experiments import run as run_experiment
-    from .inference import ChoiceSampler, generate
+    from .inference import ChoiceSampler, Ensemble, HedgedSampler, Pool, RoutedSampler, generate
     from .losses import combine
     from .losses import register as register_loss
     from .losses import resolve as resolve_loss
@@ -53,7 +53,7 @@ _HOMES = {
     "demo": ("run_demo",),
     "evaluation": ("compare", "evaluate", "load_evaluation", "scorers"),
     "experiments": ("Experiment", "analyse", "load_experiment", "load_study"),
-    "inference": ("ChoiceSampler", "generate"),
+    "inference": ("ChoiceSampler", "Ensemble", "HedgedSampler", "Pool", "RoutedSampler", "generate"),
     "losses": ("combine",),
     "protocols": ("Backend", "Loss", "Sampler", "TrainingSession"),
     "records": (
@@ -86,15 +86,19 @@ __all__ = [
     "Dashboard",
     "Dataset",
     "Datum",
+    "Ensemble",
     "Evaluation",
     "Example",
     "Experiment",
     "Finding",
+    "HedgedSampler",
     "LoraConfig",
     "Loss",
     "Message",
     "ModelVersion",
     "Models",
+    "Pool",
+    "RoutedSampler",
     "Sampler",
     "SamplingParams",
     "TrainConfig",

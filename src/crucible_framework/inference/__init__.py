@@ -1,6 +1,24 @@
-"""Asking models: today one sampler, one prompt."""
+"""Asking models: one alone, several that vote, twice where once is slow, and the one that suits. All are Samplers made of Samplers."""
 
+from .answers import Reading, by_embedding, merge_by_meaning, read_answer, same_answer
+from .bandits import EXP3, KLUCB, BestPerforming, LeastLoaded, LinUCB, RoundRobin, Thompson, Weighted, routers
+from .calibration import Abstention, Calibration, abstain_at, dawid_skene, fit_confidence, learn_accuracies, majority_is_safe, samples_needed
 from .choices import ChoiceSampler
+from .consistency import SelfConsistent
+from .ensemble import Ensemble
 from .generation import generate
+from .hedging import HedgedSampler, HedgeStats
+from .latency import HedgePlan, Survival, best_hedge
+from .policies import Adaptive, Fixed, Never, Percentile, default_policy
+from .pool import Breaker, Member, Pool, Price, token_confidence
+from .routing import Ceiling, RoutedSampler, load_router, prompt_features, save_router
+from .voting import LogOdds, best_confidence, borda, instant_runoff, majority, plurality, settled, unanimous, votes, weighted
 
-__all__ = ["ChoiceSampler", "generate"]
+__all__ = [
+    "EXP3", "KLUCB", "Abstention", "Adaptive", "BestPerforming", "Breaker", "Calibration", "Ceiling", "ChoiceSampler", "Ensemble", "Fixed", "HedgePlan",
+    "HedgeStats", "HedgedSampler", "LeastLoaded", "LinUCB", "LogOdds", "Member", "Never", "Percentile", "Pool", "Price", "Reading", "RoundRobin",
+    "RoutedSampler", "SelfConsistent", "Survival", "Thompson", "Weighted", "abstain_at", "best_confidence", "best_hedge", "borda", "by_embedding",
+    "dawid_skene", "default_policy", "fit_confidence", "generate", "instant_runoff", "learn_accuracies", "load_router", "majority", "majority_is_safe",
+    "merge_by_meaning", "plurality", "prompt_features", "read_answer", "routers", "same_answer", "samples_needed", "save_router", "settled",
+    "token_confidence", "unanimous", "votes", "weighted",
+]  # fmt: skip

@@ -40,6 +40,29 @@ def test_a_token_sees_its_own_sequence_and_nothing_else(sequences: list[list[int
                 assert np.flatnonzero(seen[row]).tolist() == sorted(where[: place + 1].tolist())
 
 
+@given(sequences=SEQUENCES, share=st.booleans(), limit=st.integers(1, 64))
+def test_packed_spans_let_a_token_see_its_own_sequence_only(sequences: list[list[int]], share: bool, limit: int) -> None:
+    passes = lay_out(sequences, CPU, share=share, pack=True, limit=limit)
+    assert sorted(i for one in passes for i in one.members) == list(range(len(sequences)))
+    for one in passes:
+        assert one.spans is not None
+        assert one.places is not None
+        assert one.tokens <= limit or len(one.members) == 1
+        flat, places = one.ids[0].numpy(), one.places[0].numpy()
+        seen = np.zeros((one.tokens, one.tokens), dtype=int)
+        for span in one.spans:
+            for run in range(span.count):
+                first = span.start + run * span.length
+                mask = -torch.ones(span.length, span.length).triu(1) if span.mask is None else span.mask[0, 0]
+                seen[first + span.skip : first + span.length, first : first + span.length] += (mask == 0).numpy()
+        assert seen.max() == 1
+        for i, where in zip(one.members, one.where, strict=True):
+            assert flat[where].tolist() == sequences[i]
+            assert places[where].tolist() == list(range(len(where)))
+            for place, row in enumerate(where):
+                assert np.flatnonzero(seen[row]).tolist() == sorted(where[: place + 1].tolist())
+
+
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 100))
 def test_slices_take_each_index_once_within_the_limit(lengths: list[int], limit: int) -> None:
     groups = slices(lengths, limit)

@@ -187,9 +187,9 @@ def test_a_stop_string_of_several_tokens(session: LocalSession) -> None:
     weights = np.array([0.0] * (len(prompt) - 1) + [1.0] * (len(answer) + 1), dtype=np.float32)
     datum = Datum(id="x", tokens=np.array(full[:-1], dtype=np.int32), targets=np.array(full[1:], dtype=np.int64), weights=weights)
     learner = session._engine.train(session.base_model, LoraConfig(rank=16, target_modules=("all-linear",), dropout=0.0))  # type: ignore[attr-defined]
-    for _ in range(60):
+    for _ in range(80):
         learner.forward_backward(Batch(data=(datum,)), CE)
-        learner.optim_step(AdamConfig(lr=0.02))
+        learner.optim_step(AdamConfig(lr=0.003))
     sampler = learner.sampler()
     said = sampler.sample(tuple(prompt), SamplingParams(temperature=0, max_tokens=40)).result()[0]
     assert (said.text, said.stop_reason) == ("one two three", "stop")

@@ -109,9 +109,9 @@ def test_forward_has_no_dropout_and_changes_nothing(backend: LocalBackend) -> No
     assert asked.optim_step(ADAM).result().grad_norm == plain.optim_step(ADAM).result().grad_norm
 
 
-def small_passes(sequences: Sequence[Sequence[int]], device: torch.device, *, share: bool, limit: int = 16) -> list[layout.Pass]:
+def small_passes(sequences: Sequence[Sequence[int]], device: torch.device, *, share: bool, pack: bool = False, limit: int = 16) -> list[layout.Pass]:
     """The same small passes whatever the limit, so that both runs draw the same masks."""
-    return layout.lay_out(sequences, device, share=share, limit=min(limit, 16))
+    return layout.lay_out(sequences, device, share=share, pack=pack, limit=min(limit, 16))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

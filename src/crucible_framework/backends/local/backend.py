@@ -59,18 +59,29 @@ class LocalBackend:
         device: "auto" takes a GPU where there is one.
         threads: that torch may use inside one operation; None: two, or one where the environment says one. It applies to the process.
         cache: where `smollm2-135m` is kept; None: the user's cache folder.
+        engine: "fast" runs the Llama, Qwen2 and Qwen3 families through a decoder of our own, "plain" all through transformers' modules;
+            their numbers agree to rounding.
 
     Raises:
         ConfigError: an option is out of range, or there is no such device.
     """
 
     def __init__(
-        self, *, dtype: Literal["auto", "float32", "bfloat16"] = "auto", device: str = "auto", threads: int | None = None, cache: str | Path | None = None
+        self,
+        *,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        cache: str | Path | None = None,
+        engine: Literal["fast", "plain"] = "fast",
     ) -> None:
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32' or 'bfloat16'.")
         if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
             raise ConfigError(f"threads is {threads!r}; expected a whole number of at least 1, or None.")
+        if engine not in ("fast", "plain"):
+            raise ConfigError(f"engine is {engine!r}; expected 'fast' or 'plain'.")
+        self._engine: Literal["fast", "plain"] = engine
         self._device = _device(device)
         gpu = self._device.type == "cuda"
         self._dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and gpu) else torch.float32
@@ -194,7 +205,7 @@ class LocalBackend:
         name = canonical(base_model)
         with self._loading:
             if name not in self._bases:
-                self._bases[name] = load_base(name, cache=self._cache, dtype=self._dtype, device=self._device)
+                self._bases[name] = load_base(name, cache=self._cache, dtype=self._dtype, device=self._device, engine=self._engine)
             return self._bases[name]
 
     def _session(self, base: Base, base_model: str, lora: LoraConfig, start: Snapshot) -> LocalSession:

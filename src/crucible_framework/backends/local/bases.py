@@ -13,19 +13,24 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
 
-from ...config import places
 from ...data.tokens import ByteTokenizer, HuggingFaceTokenizer
-from ...errors import AuthError, BackendError, ConfigError, CorruptError, NotFoundError, ServiceError, UnknownNameError
+from ...errors import BackendError, ConfigError, CorruptError, NotFoundError, UnknownNameError
 from ...events import span
 from ...files import read_json, storage_errors, verify
+from ...losses.apply import target_logprobs
 from ...protocols import Tokenizer
 from ...records import record
 from . import smollm
+from .attention import Span
+from .decoder import Decoder
+from .hub import snapshot
+from .kernels import target_scores
+from .layout import Pass
 from .lora import Slot, install
 
 if TYPE_CHECKING:
@@ -38,7 +43,13 @@ TINY_CONTEXT = 2048
 SMOLLM = "smollm2-135m"
 ALIASES = {SMOLLM: SMOLLM, smollm.HUB_ID: SMOLLM}
 _ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+class _Layout(TypedDict):
+    """How `lay_out` may lay sequences out for a base."""
+
+    share: bool
+    pack: bool
 
 
 class _Config(Protocol):
@@ -59,6 +70,7 @@ class Base:
         layers: the linear layers by name: (out, in) features.
         head: the output layer's name.
         slot: the adapter that is active.
+        decoder: our own layers over the model's weights; None where transformers' modules compute.
         context: the most tokens that it reads.
         vocab_size: rows of its embedding; the tokenizer may have fewer.
     """
@@ -73,6 +85,12 @@ class Base:
     context: int
     vocab_size: int
     device: torch.device
+    decoder: Decoder | None = None
+
+    @property
+    def layout(self) -> _Layout:
+        """What `lay_out` may do for this base."""
+        return {"share": self.takes_masks, "pack": self.decoder is not None}
 
     @property
     def takes_masks(self) -> bool:
@@ -81,7 +99,9 @@ class Base:
         kind, window = getattr(config, "model_type", ""), getattr(config, "use_sliding_window", getattr(config, "sliding_window", None))
         return kind in ("llama", "qwen2", "qwen3") and not window
 
-    def hidden(self, ids: Tensor, cache: Cache | None = None, *, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: Cache | None = None, *, mask: Tensor | None = None, places: Tensor | None = None, spans: tuple[Span, ...] | None = None
+    ) -> Tensor:
         """The last hidden states [B, L, H] of token ids [B, L], after those that the cache holds.
 
         Args:
@@ -89,12 +109,32 @@ class Base:
             cache: keys and values of earlier tokens; those of `ids` are added to it.
             mask: bool [B, earlier + L], False where the cache holds padding; or float [B, 1, L, L], added to the attention's scores.
             places: int64 [B, L], each token's position in its sequence; counted on from the cache's length where None.
+            spans: of packed rows, which tokens of the flattened ids see each other; only with a decoder of our own.
         """
-        return _hidden(self.model, ids, cache, mask, places)
+        padded = mask is not None and not mask.is_floating_point() and ids.shape[1] > 1
+        if self.decoder is None or padded or (cache is not None and torch.is_grad_enabled()):
+            return _hidden(self.model, ids, cache, mask, places)
+        return self.decoder.hidden(ids, cache, mask=mask, places=places, spans=spans)
+
+    def read(self, one: Pass, cache: Cache | None = None) -> Tensor:
+        """The last hidden states [B · L, H] of sequences that are laid out together."""
+        return self.hidden(one.ids, cache, mask=one.mask, places=one.places, spans=one.spans).flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [..., V] of hidden states [..., H]."""
+        if self.decoder is not None and not self._adapted_head and not torch.is_grad_enabled():
+            return self.decoder.head.times(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1).float()
         return cast("Tensor", self.model.get_submodule(self.head)(hidden)).float()
+
+    def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """log p fp32 [R] of targets [R] after hidden states [R, H], in nats."""
+        if self.decoder is None or self._adapted_head:
+            return target_logprobs(self.logits(hidden), targets)
+        return target_scores(hidden, self.decoder.head, targets)
+
+    @property
+    def _adapted_head(self) -> bool:
+        return self.slot.active is not None and self.head in self.slot.active.pairs
 
 
 def _hidden(model: nn.Module, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
@@ -150,46 +190,8 @@ def _locate(name: str, cache: Path, device_bytes: int | None) -> Path:
     if name in ALIASES:
         return smollm.folder(cache)
     if name.count("/") == 1:
-        return _from_hub(name, device_bytes)
+        return snapshot(name, device_bytes, _check_memory)
     raise UnknownNameError("base model", name, (TINY, SMOLLM), fix="A Hugging Face id ('organisation/name') or a folder works too.")
-
-
-def _advice(name: str) -> str:
-    licence = f"accept its licence on the hub page of {name}, " if name.startswith(("meta-llama/", "google/", "mistralai/")) else ""
-    return f"To use it, {licence}set HF_TOKEN if it is gated, or pass a folder with its files as base_model. Works offline: {SMOLLM!r}."
-
-
-def _from_hub(name: str, item_bytes: int | None) -> Path:
-    """The snapshot folder of a hub model; only its tokenizer and configuration where `item_bytes` is None."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = [p for p in _HUB_FILES if item_bytes is not None or p != "*.safetensors"]
-    alone = "offline mode is on (HF_HUB_OFFLINE or CRUCIBLE_OFFLINE)" if places().offline else ""
-    numbers = 0
-    try:
-        if not alone and item_bytes is not None:
-            try:
-                tensors = HfApi().model_info(name, timeout=10).safetensors
-                numbers = sum(tensors.parameters.values()) if tensors is not None else 0
-            except (HfHubHTTPError, HFValidationError):
-                raise
-            except Exception as error:  # the hub's client lets its transport's own errors through
-                alone = f"the hub cannot be reached ({type(error).__name__})"
-        _check_memory(name, numbers * (item_bytes or 0))
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=bool(alone), etag_timeout=10))
-    except GatedRepoError as error:
-        raise AuthError(f"The hub refuses {name!r}: it is gated and this account has no access. {_advice(name)}") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConfigError(f"The hub has no model {name!r} that this account may see. Check the spelling. {_advice(name)}") from error
-    except LocalEntryNotFoundError as error:
-        why = alone or "the hub cannot be reached"
-        raise ServiceError(f"{name!r} is not in the Hugging Face cache, and {why}. {_advice(name)}", retryable=not places().offline) from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            raise AuthError(f"The hub refuses {name!r} with HTTP {status}. {_advice(name)}") from error
-        raise ServiceError(f"The hub answered HTTP {status} for {name!r}. Try again later. {_advice(name)}", status=status, retryable=True) from error
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -328,7 +330,7 @@ def load_tokenizer(name: str, *, cache: Path) -> Tokenizer:
     return ByteTokenizer() if name == TINY else HuggingFaceTokenizer(_locate(name, cache, None), name)
 
 
-def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.device) -> Base:
+def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.device, engine: Literal["fast", "plain"] = "fast") -> Base:
     """Loads a base model and freezes it.
 
     Args:
@@ -336,6 +338,7 @@ def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.devic
         cache: where `smollm2-135m` is kept once converted.
         dtype: of the weights.
         device: where they are put.
+        engine: "fast" takes our own decoder for the families that it covers.
 
     Raises:
         UnknownNameError: a short name that is none of ours.
@@ -355,9 +358,10 @@ def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.devic
         head = _head_name(model, name)
         _probe(model, head, name, device)
         slot, layers = install(model)
+        decoder = Decoder.of(model, head, slot, pack=_room_to_pack(layers, dtype)) if engine == "fast" else None
         config = cast("_Config", model.config)
         context = int(getattr(config, "max_position_embeddings", 0) or TINY_CONTEXT)
-        opened.set(parameters=sum(p.numel() for p in model.parameters()))
+        opened.set(parameters=sum(p.numel() for p in model.parameters()), engine="plain" if decoder is None else "fast")
         return Base(
             name=name,
             source=source,
@@ -369,7 +373,15 @@ def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.devic
             context=context,
             vocab_size=int(config.vocab_size),
             device=device,
+            decoder=decoder,
         )
+
+
+def _room_to_pack(layers: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> bool:
+    """Whether two more copies of all matrices take at most a quarter of the free memory."""
+    have = available_bytes()
+    need = 2 * _ITEM_BYTES[dtype] * sum(out * into for out, into in layers.values())
+    return have is not None and need <= have / 4
 
 
 def _head_name(model: nn.Module, name: str) -> str:

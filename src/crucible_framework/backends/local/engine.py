@@ -1,10 +1,12 @@
 """A loss and its gradient over a batch, through one frozen base and one adapter.
 
 Sequences go through the model together as `layout` says, with the numbers of each sequence alone. The head is computed only at positions
-whose weight is not zero. The loss sees detached log-probs of the whole batch once; its gradient with respect to them then goes back through the model,
-in one pass for small batches, and for large ones by a second pass with the same dropout masks, so that memory does not grow with the batch.
+whose weight is not zero, and with our own decoder never for more than some rows at a time. The loss sees detached log-probs of the whole
+batch once; its gradient with respect to them then goes back through the model, in one pass for small batches, and for large ones by a
+second pass with the same dropout masks, so that memory does not grow with the batch.
 
-This file does not know sessions, optimizers or files. It does not chunk the head: one slice holds [rows, vocabulary] logits in fp32.
+This file does not know sessions, optimizers or files. With transformers' modules, or where a loss needs logits or several targets per
+position, one slice holds [rows, vocabulary] logits in fp32.
 """
 
 from __future__ import annotations
@@ -60,8 +62,12 @@ class _Work:
     def run(self, work: Pass) -> dict[int, Tensor]:
         """By datum of the pass its logits [R, V] or log-probs [R] or [R, K] at its rows."""
         where = np.concatenate([places[self.rows[i]] for i, places in zip(work.members, work.where, strict=True)])
-        hidden = self.base.hidden(work.ids, mask=work.mask, places=work.places).flatten(0, 1)[torch.from_numpy(where).to(self.base.device)]
-        parts = torch.split(self.base.logits(hidden), [len(self.rows[i]) for i in work.members])
+        hidden = self.base.read(work)[torch.from_numpy(where).to(self.base.device)]
+        sizes = [len(self.rows[i]) for i in work.members]
+        if not self.logits and all(self.data[i].targets.ndim == 1 for i in work.members):
+            scores = self.base.target_logprobs(hidden, torch.cat([self.targets(i) for i in work.members]))
+            return dict(zip(work.members, torch.split(scores, sizes), strict=True))
+        parts = torch.split(self.base.logits(hidden), sizes)
         if self.logits:
             return dict(zip(work.members, parts, strict=True))
         return {i: target_logprobs(part, self.targets(i)) for i, part in zip(work.members, parts, strict=True)}
@@ -83,7 +89,7 @@ def _prepare(base: Base, batch: Batch, loss: Loss) -> _Work:
     live = [i for i, used in enumerate(rows) if len(used)]
     passes = [
         replace(found, members=tuple(live[place] for place in found.members))
-        for found in lay_out([batch.data[i].tokens for i in live], base.device, share=base.takes_masks)
+        for found in lay_out([batch.data[i].tokens for i in live], base.device, **base.layout)
     ]
     return _Work(base, batch.data, rows, passes, loss.needs == "logits")
 
@@ -148,10 +154,11 @@ def completion_logprobs(base: Base, active: Active | None, pairs: Sequence[tuple
     found = list[tuple[float, ...]]([()] * len(pairs))
     inputs = [[*prompt, *completion[:-1]] for prompt, completion in pairs]
     with base.slot.using(active):
-        for one in lay_out(inputs, base.device, share=base.takes_masks):
-            hidden = base.hidden(one.ids, mask=one.mask, places=one.places).flatten(0, 1)
-            for i, places in zip(one.members, one.where, strict=True):
-                targets = torch.tensor(pairs[i][1], device=base.device)
-                rows = torch.from_numpy(places[len(pairs[i][0]) - 1 :]).to(base.device)
-                found[i] = tuple(target_logprobs(base.logits(hidden[rows]), targets).tolist())
+        for one in lay_out(inputs, base.device, **base.layout):
+            hidden = base.read(one)
+            rows = [torch.from_numpy(places[len(pairs[i][0]) - 1 :]).to(base.device) for i, places in zip(one.members, one.where, strict=True)]
+            targets = torch.tensor([token for i in one.members for token in pairs[i][1]], device=base.device)
+            scores = torch.split(base.target_logprobs(hidden[torch.cat(rows)], targets), [len(part) for part in rows])
+            for i, part in zip(one.members, scores, strict=True):
+                found[i] = tuple(part.tolist())
     return found

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -41,10 +43,19 @@ class _Layer(DynamicLayer):  # type: ignore[misc] # transformers is not typed fo
         return keys[:, :, :end], values[:, :, :end]
 
 
-def pasts_of(cache: DynamicCache, lengths: Sequence[int]) -> list[Past]:
-    """Per sequence of a prefilled batch, padded on the right, its own keys and values."""
+def pasts_of(cache: DynamicCache, where: Sequence[NDArray[np.int64]]) -> list[Past]:
+    """Per sequence of a prefilled batch its own keys and values; `where` holds the indices of its tokens in the flattened [B · L]."""
     layers = [(cast("Tensor", vars(layer)["keys"]), cast("Tensor", vars(layer)["values"])) for layer in cache.layers]
-    return [[(keys[place, :, :length], values[place, :, :length]) for keys, values in layers] for place, length in enumerate(lengths)]
+    length = layers[0][0].shape[2]
+    pasts = list[Past]()
+    for places in where:
+        row, first = divmod(int(places[0]), length)
+        if int(places[-1]) - int(places[0]) + 1 == len(places):
+            pasts.append([(keys[row, :, first : first + len(places)], values[row, :, first : first + len(places)]) for keys, values in layers])
+        else:  # a common start and an end further on: copied, one row holds all
+            index = torch.from_numpy(places).to(layers[0][0].device)
+            pasts.append([(keys[0].index_select(1, index), values[0].index_select(1, index)) for keys, values in layers])
+    return pasts
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
-"""How sequences go through the model together: in slices of similar length, or as one start with many ends.
+"""How sequences go through the model together: in slices of similar length, packed behind each other, or as one start with many ends.
 
-Under causal attention a real token never sees a later pad, so slices padded on the right need no mask. Sequences that begin alike (claims
+Under causal attention a real token never sees a later pad, so slices padded on the right need no mask. A decoder that keeps attention
+inside spans takes sequences of any lengths packed into one row, without a pad. Sequences that begin alike (claims
 about one passage, answers to one question) are laid out as one row: the common start once, then each one's own end, whose tokens attend to
 the start and to themselves only and count their positions on from it. Each token's numbers are those of its sequence alone, up to rounding;
 with dropout the start has one mask for all. This file does not know losses or models.
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .attention import Span
 
 __all__ = ["TOKENS_PER_SLICE", "Pass", "lay_out", "padded", "slices"]
 
@@ -38,6 +41,7 @@ class Pass:
         where: per member, the indices of its tokens in the flattened [B · L].
         mask: float [1, 1, L, L], 0 where a token (row) sees another (column) and −inf-like where not; None for plain causal attention.
         places: int64 [1, L], positions within each one's sequence; None where they count from 0.
+        spans: of a packed row, which of its tokens see each other; None where the mask says it.
     """
 
     members: tuple[int, ...]
@@ -45,6 +49,7 @@ class Pass:
     where: tuple[NDArray[np.int64], ...]
     mask: Tensor | None = None
     places: Tensor | None = None
+    spans: tuple[Span, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -72,16 +77,19 @@ def padded(sequences: Sequence[Tokens], device: torch.device) -> Tensor:
     return torch.from_numpy(ids).to(device)
 
 
-def lay_out(sequences: Sequence[Tokens], device: torch.device, *, share: bool, limit: int = TOKENS_PER_SLICE) -> list[Pass]:
+def lay_out(sequences: Sequence[Tokens], device: torch.device, *, share: bool, pack: bool = False, limit: int = TOKENS_PER_SLICE) -> list[Pass]:
     """The passes for some sequences; every one is in exactly one.
 
     Args:
         sequences: non-empty.
-        share: whether common starts may be computed once; the model must take a mask of its own.
+        share: whether common starts may be computed once; the model must take a mask of its own, or spans.
+        pack: whether sequences of any lengths may stand behind each other in one row; the model must take spans.
         limit: tokens per pass; a sequence that is longer goes alone.
     """
     arrays = [np.asarray(tokens, dtype=np.int64) for tokens in sequences]
     families = _families(arrays, limit) if share else [[i] for i in range(len(arrays))]
+    if pack:
+        return _packed(arrays, families, device, limit)
     passes = [_joined(arrays, family, device) for family in families if len(family) > 1]
     rest = [family[0] for family in families if len(family) == 1]
     for group in slices([len(arrays[i]) for i in rest], limit):
@@ -119,7 +127,21 @@ def _families(arrays: Sequence[NDArray[np.int64]], limit: int) -> list[list[int]
     return families
 
 
-def _joined(arrays: Sequence[NDArray[np.int64]], family: Sequence[int], device: torch.device) -> Pass:
+@dataclass(slots=True, frozen=True, eq=False)
+class _Row:
+    """A family's tokens behind each other: the common start, then each one's end."""
+
+    ids: NDArray[np.int64]
+    places: NDArray[np.int64]
+    where: tuple[NDArray[np.int64], ...]
+    mask: Tensor | None
+    common: int = 0
+
+
+def _row(arrays: Sequence[NDArray[np.int64]], family: Sequence[int]) -> _Row:
+    if len(family) == 1:
+        order = np.arange(len(arrays[family[0]]))
+        return _Row(arrays[family[0]], order, (order,), None)
     common = min(_common(arrays[family[0]], arrays[i]) for i in family[1:])
     ends = [arrays[i][common:] for i in family]
     ids = np.concatenate([arrays[family[0]][:common], *ends])
@@ -127,7 +149,41 @@ def _joined(arrays: Sequence[NDArray[np.int64]], family: Sequence[int], device: 
     places = np.concatenate([np.arange(common), *(np.arange(common, common + len(end)) for end in ends)])
     order = np.arange(len(ids))
     seen = (order[:, None] >= order[None, :]) & ((owner[:, None] == owner[None, :]) | (owner[None, :] == 0))
-    mask = torch.where(torch.from_numpy(seen), 0.0, torch.finfo(torch.float32).min)
+    mask = torch.where(torch.from_numpy(seen), 0.0, torch.finfo(torch.float32).min)[None, None]
     firsts = common + np.cumsum([0, *(len(end) for end in ends[:-1])])
     where = tuple(np.concatenate([order[:common], np.arange(first, first + len(end))]) for first, end in zip(firsts, ends, strict=True))
-    return Pass(tuple(family), torch.from_numpy(ids)[None].to(device), where, mask[None, None].to(device), torch.from_numpy(places)[None].to(device))
+    return _Row(ids, places, where, mask, common)
+
+
+def _joined(arrays: Sequence[NDArray[np.int64]], family: Sequence[int], device: torch.device) -> Pass:
+    row = _row(arrays, family)
+    mask = None if row.mask is None else row.mask.to(device)
+    return Pass(tuple(family), torch.from_numpy(row.ids)[None].to(device), row.where, mask, torch.from_numpy(row.places)[None].to(device))
+
+
+def _packed(arrays: Sequence[NDArray[np.int64]], families: list[list[int]], device: torch.device, limit: int) -> list[Pass]:
+    """Families behind each other, the longest first, those of one length without a mask as one span."""
+    rows = sorted(((_row(arrays, family), family) for family in families), key=lambda pair: (-len(pair[0].ids), pair[1]))
+    groups: list[list[tuple[_Row, list[int]]]] = []
+    for row, family in rows:
+        if groups and sum(len(other.ids) for other, _ in groups[-1]) + len(row.ids) <= limit:
+            groups[-1].append((row, family))
+        else:
+            groups.append([(row, family)])
+    return [_packed_pass(group, device) for group in groups]
+
+
+def _packed_pass(group: Sequence[tuple[_Row, list[int]]], device: torch.device) -> Pass:
+    spans, where, start = list[Span](), list[NDArray[np.int64]](), 0
+    for row, _ in group:
+        length, mask = len(row.ids), None if row.mask is None else row.mask.to(device)
+        if mask is None and spans and spans[-1].mask is None and spans[-1].length == length:
+            spans[-1] = Span(spans[-1].start, spans[-1].count + 1, length)
+        elif mask is None or row.common == length:  # alone, or several that are the same to the end
+            spans.append(Span(start, 1, length))
+        else:
+            spans += [Span(start, 1, row.common), Span(start, 1, length, mask[:, :, row.common :].contiguous(), row.common)]
+        where += [places + start for places in row.where]
+        start += length
+    ids, places = (torch.from_numpy(np.concatenate(parts))[None].to(device) for parts in ([row.ids for row, _ in group], [row.places for row, _ in group]))
+    return Pass(tuple(i for _, family in group for i in family), ids, tuple(where), None, places, tuple(spans))

@@ -8,10 +8,12 @@ own numbers. This file does not know losses, optimizers or files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,14 +36,21 @@ def tensor_name(layer: str, part: str) -> str:
     return f"base_model.model.{layer}.lora_{part}.weight"
 
 
-@dataclass(slots=True)
+_STEPS = 1 << 16
+"""A dropout mask compares 16 random bits per number, so the probability is a whole number of these steps."""
+
+
+@dataclass(slots=True, eq=False)
 class Active:
     """An adapter as the forward pass sees it.
+
+    Dropout masks are functions of (a seed per pass through the model, the layer's name), so that a pass can be computed again, in any order.
 
     Attributes:
         adapter: tensors by PEFT name.
         scale: alpha / rank.
-        dropout: probability with which an input of the adapter is zeroed; the generator draws the masks.
+        dropout: probability with which an input of the adapter is zeroed, to 1 / 65,536; each layer has its own mask.
+        generator: draws the seed of every pass; None: no dropout.
     """
 
     adapter: Mapping[str, Tensor]
@@ -49,11 +58,77 @@ class Active:
     dropout: float = 0.0
     generator: torch.Generator | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = field(init=False)
+    _seed: int = field(default=0, init=False)
+    _begun: bool = field(default=False, init=False)
+    _seen: set[str] = field(default_factory=set, init=False)
+    _joined: dict[str, tuple[Tensor, Tensor] | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         ending = ".lora_A.weight"
         layers = [name.removeprefix("base_model.model.").removesuffix(ending) for name in self.adapter if name.endswith(ending)]
         self.pairs = {layer: (self.adapter[tensor_name(layer, "A")], self.adapter[tensor_name(layer, "B")]) for layer in layers}
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout."""
+        return self.dropout > 0 and self.generator is not None
+
+    @property
+    def raise_by(self) -> float:
+        """1 / (1 − p) with dropout, else 1: what is kept is raised by it."""
+        return _STEPS / (_STEPS - self._threshold) if self.drops else 1.0
+
+    @property
+    def _threshold(self) -> int:
+        return min(round(self.dropout * _STEPS), _STEPS - 1)
+
+    def begin(self) -> int:
+        """The seed of a new pass through the model."""
+        if self.drops:
+            generator = self.generator
+            self._seed = int(torch.randint(2**63 - 1, (), generator=generator, device=None if generator is None else generator.device))
+            self._begun = True
+            self._seen.clear()
+        return self._seed
+
+    def seed_of(self, layer: str) -> int:
+        """The seed of the pass that the layer runs in; a layer that runs again begins a new one."""
+        if layer in self._seen or not self._begun:
+            self.begin()
+        self._seen.add(layer)
+        return self._seed
+
+    def mask(self, seed: int, layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """bool of the shape, False where an input of the layer's adapter is zeroed; None without dropout."""
+        if not self.drops:
+            return None
+        key = zlib.crc32(layer.encode())
+        if device.type != "cpu":
+            there = torch.Generator(device).manual_seed((seed ^ (key << 20)) & (2**63 - 1))
+            return torch.rand(shape, generator=there, device=device) >= self._threshold / _STEPS
+        raw = np.frombuffer(np.random.Generator(np.random.SFC64((seed, key))).bytes(2 * math.prod(shape)), dtype=np.uint16)
+        return torch.from_numpy(raw >= self._threshold).view(shape)
+
+    def beside(self, rows: Sequence[tuple[str, int, int]], weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The adapters of layers that read the same input as one, without dropout: [in, ranks] and scaled [ranks, out], in the weight's dtype.
+
+        Args:
+            rows: per layer its name and its first and last + 1 output column.
+            weight: of all these layers, [out, in].
+        """
+        name = rows[0][0]
+        if name not in self._joined:
+            found = [(self.pairs[layer], low, high) for layer, low, high in rows if layer in self.pairs]
+            if not found:
+                return None
+            first = torch.cat([pair[0] for pair, _, _ in found]).t().to(weight.dtype).contiguous()
+            second = weight.new_zeros((first.shape[1], weight.shape[0]))
+            start = 0
+            for (a, b), low, high in found:
+                second[start : start + a.shape[0], low:high] = b.t() * self.scale
+                start += a.shape[0]
+            self._joined[name] = first, second
+        return self._joined[name]
 
 
 class Slot:
@@ -97,9 +172,9 @@ class LoraLinear(nn.Module):
         if active is None or pair is None:
             return result
         inputs = x.to(pair[0].dtype)
-        if active.dropout and active.generator is not None:
-            keep = torch.empty_like(inputs).bernoulli_(1 - active.dropout, generator=active.generator)
-            inputs = inputs * keep.div_(1 - active.dropout)
+        if active.drops:
+            mask = active.mask(active.seed_of(self.name), self.name, tuple(x.shape), x.device)
+            inputs = inputs if mask is None else inputs * (mask * active.raise_by)
         return (result + functional.linear(functional.linear(inputs, pair[0]), pair[1]) * active.scale).to(result.dtype)
 
 

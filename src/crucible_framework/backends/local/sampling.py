@@ -1,7 +1,8 @@
 """Drawing completions: requests of one model join a running batch, leave it when they are done, and never wait for each other's end.
 
 Every sample has its own generator, so the same seed gives the same sample however many are drawn and whoever shares the batch, up to
-rounding. The samples of a prompt share its prefill. This file does not know training or files.
+rounding. The samples of a prompt share its prefill, and with our own
+decoder prompts that begin alike share that of their common start. This file does not know training or files.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .bases import Base
 from .draws import draw, generator
 from .engine import check_tokens, completion_logprobs
 from .kv import Past, Shared, pasts_of
-from .layout import padded, slices
+from .layout import lay_out
 from .lora import Active
 from .queue import Job, Waiting
 
@@ -250,14 +251,14 @@ class _Batch:
             free -= job.item.n
         requests = [request for job in jobs if (request := self._request(job)) is not None]
         self._requests.update(requests)
-        for group in slices([len(request.prompt) for request in requests]):
-            members = [requests[i] for i in group]
+        own = self._base.decoder is not None  # then prompts that begin alike are read as one start with many ends
+        for one in lay_out([request.prompt for request in requests], self._base.device, share=own, pack=own):
             cache = DynamicCache()
-            hidden = self._base.hidden(padded([request.prompt for request in members], self._base.device), cache)
-            last = torch.tensor([len(request.prompt) - 1 for request in members], device=self._base.device)
-            logits = self._base.logits(hidden[torch.arange(len(members), device=self._base.device), last])
-            for place, past in enumerate(pasts_of(cache, [len(request.prompt) for request in members])):
-                self._begin(members[place], past, logits[place])
+            hidden = self._base.read(one, cache)
+            last = torch.tensor([int(places[-1]) for places in one.where], device=self._base.device)
+            logits = self._base.logits(hidden[last])
+            for place, (member, past) in enumerate(zip(one.members, pasts_of(cache, one.where), strict=True)):
+                self._begin(requests[member], past, logits[place])
 
     def _request(self, job: AskJob) -> _Request | None:
         """A request with its prompt's tokens; one that cannot be served fails alone."""

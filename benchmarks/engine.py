@@ -1,0 +1,265 @@
+"""The local engine beside the plain PEFT + transformers loop and beside what this machine's matmul allows.
+
+usage: python benchmarks/engine.py [--full] [--model NAME] [--threads N] [--dtype float32|bfloat16] [--save NAME]
+
+All contenders take turns in one process, so that a busy machine slows all alike; every figure is a median, every ratio the median over
+pairs of neighbours. "of the GEMM limit" is the time that the products LoRA needs would take at the fp32 (or bf16) rate measured between
+the rounds. Each case stops after seven rounds, or after half a minute (four with --full) and the round it is in. With one thread CPU
+seconds are counted, not those of the wall. --save NAME writes benchmarks/results/NAME.json; nothing is written without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from crucible_framework.backends.local import engine
+from crucible_framework.backends.local.bases import Base, load_base
+from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
+from crucible_framework.backends.local.optim import adamw, fresh, global_norm
+from crucible_framework.backends.local.queue import Job, Waiting
+from crucible_framework.backends.local.sampling import Answer, Ask, Frozen, serve
+from crucible_framework.config import places
+from crucible_framework.losses import resolve
+from crucible_framework.records import AdamConfig, Batch, Completion, Datum, LoraConfig, SamplingParams
+
+LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.05, target_modules=("all-linear",))
+ADAM = AdamConfig(lr=1e-4)
+SCIFACT_LIKE = (32, 60, 95, 120, 150, 186, 230, 300)
+"""Tokens of the eight sequences of a batch."""
+ROUNDS = 7
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Step = Callable[[], object]
+
+
+def datum(name: int, tokens: Any, weighted: int) -> Datum:
+    """A sequence whose last `weighted` positions are trained on."""
+    weights = np.zeros(len(tokens), np.float32)
+    weights[-weighted:] = 1.0
+    return Datum(id=str(name), tokens=tokens.astype(np.int32), targets=np.roll(tokens, -1).astype(np.int64), weights=weights)
+
+
+def batches(vocab: int) -> dict[str, Batch]:
+    """What is trained: claims about one passage as the demo has them, and sequences of many lengths."""
+    rng = np.random.default_rng(0)
+    passage = rng.integers(0, vocab, 200)
+    claims = tuple(datum(i, np.concatenate([passage, rng.integers(0, vocab, 15)]), 3) for i in range(9))
+    mixed = tuple(datum(i, rng.integers(0, vocab, length), max(4, length // 3)) for i, length in enumerate(SCIFACT_LIKE))
+    return {"9 claims about one passage": Batch(data=claims), "lengths 32-300": Batch(data=mixed)}
+
+
+def ours(base: Base, batch: Batch) -> Step:
+    """One training step of the local engine: forward, backward, clipped AdamW."""
+    names = layer_names(base.layers, LORA, base.head)
+    adapter = init_adapter(tensor_shapes(base.layers, names, LORA.rank), 0, base.device)
+    state, loss = fresh(adapter), resolve("cross_entropy")
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        nonlocal adapter, state
+        active = Active(adapter, LORA.alpha / LORA.rank, LORA.dropout, generator)
+        _, gradients = engine.evaluate(base, batch, loss, active, train=True)
+        adapter, state = adamw(adapter, gradients, state, ADAM, global_norm(gradients))
+
+    return step
+
+
+def peft_loop(folder: str, batch: Batch, dtype: torch.dtype) -> Step:
+    """The same step as a plain loop: padded to the longest, labels −100 where nothing is trained, the model's own loss."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    config = peft.LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), lora_dropout=LORA.dropout, target_modules=list(LINEAR), task_type="CAUSAL_LM")
+    tuned: Any = peft.get_peft_model(model, config).train()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=ADAM.lr)
+    longest = max(len(d) for d in batch.data)
+    ids, labels = torch.zeros(len(batch.data), longest, dtype=torch.long), torch.full((len(batch.data), longest), -100)
+    mask = torch.zeros_like(ids)
+    for row, d in enumerate(batch.data):
+        ids[row, : len(d)], mask[row, : len(d)] = torch.from_numpy(d.tokens), 1
+        trained = np.flatnonzero(d.weights)
+        labels[row, trained] = torch.from_numpy(d.tokens[trained]).long()
+
+    def step() -> None:
+        tuned(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of square products, now."""
+    a = torch.randn(1024, 1024).to(dtype)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in range(8):
+        torch.mm(a, a)
+    return 8 * 2 * 1024**3 / (clock() - start)
+
+
+def needed(base: Base, batch: Batch) -> float:
+    """FLOPs of the products of one step: forward, gradients of inputs, adapters, the head's trained rows; each common start once."""
+    from crucible_framework.backends.local.layout import lay_out
+
+    tokens = sum(one.tokens for one in lay_out([d.tokens for d in batch.data], base.device, share=base.takes_masks, pack=True))
+    rows = sum(int((d.weights != 0).sum()) for d in batch.data)
+    shapes = [shape for name, shape in base.layers.items() if name != base.head]
+    matrices = sum(out * into for out, into in shapes)
+    adapters = sum(LORA.rank * (out + into) for out, into in shapes)
+    out, into = base.layers[base.head]
+    return 4.0 * tokens * matrices + 6.0 * tokens * adapters + 4.0 * rows * out * into
+
+
+def in_turns(steps: Mapping[str, Step], budget_s: float, between: Callable[[], float] = lambda: 0.0) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of every contender in every round, and what was measured between the rounds; up to `ROUNDS` rounds, at least one.
+
+    CPU seconds of the process where it has one thread: what others do on the machine then counts for little.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    end = time.perf_counter() + budget_s
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rates = list[float]()
+    while not rates or (len(rates) < ROUNDS and time.perf_counter() < end):
+        for name, step in steps.items():
+            start = clock()
+            step()
+            times[name].append(clock() - start)
+        rates.append(between())
+    return times, rates
+
+
+def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limit_s: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """The table's lines of one case; the first contender is the peer."""
+    peer, *_ = times.values()
+    lines = []
+    for name, mine in times.items():
+        speed = statistics.median(other / own for other, own in zip(peer, mine, strict=True))
+        share = statistics.median(least / own for least, own in zip(limit_s, mine, strict=True)) if limit_s else None
+        lines.append(
+            {
+                "case": case,
+                "contender": name,
+                "rounds": len(mine),
+                "tokens_per_s": tokens / statistics.median(mine),
+                "times_peer": speed,
+                "of_gemm_limit": share,
+            }
+        )
+    return lines
+
+
+def training(bases: Mapping[str, Base], folder: str, *, budget_s: float, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Tokens are the batch's real ones: no padding, and a common start counts for every sequence that has it."""
+    rows = []
+    for case, batch in batches(next(iter(bases.values())).vocab_size).items():
+        peer = peft_loop(folder, batch, dtype)
+        steps: dict[str, Step] = {"PEFT + transformers": peer, **{f"crucible {name}": ours(base, batch) for name, base in bases.items()}}
+        times, rates = in_turns(steps, budget_s, lambda: gemm_rate(dtype))
+        flops = needed(next(iter(bases.values())), batch)
+        limits = [flops / rate for rate in rates]
+        rows += lines_of(f"training, {case}", times, batch.tokens, limits)
+    return rows
+
+
+def drawing(base: Base, prompts: Sequence[Sequence[int]], new: int) -> Step:
+    """Greedy completions of all prompts as the backend draws them: on one thread, joined into one batch; gives how many tokens were drawn."""
+    frozen: Future[Frozen] = Future()
+    frozen.set_result(Frozen(base))
+    params = SamplingParams(temperature=0, max_tokens=new)
+
+    def step() -> int:
+        waiting: Waiting[Ask, Answer] = Waiting()
+        jobs: list[Job[Ask, Answer]] = [Job("key", Ask(model="m", frozen=frozen, prompt=tuple(prompt), params=params)) for prompt in prompts]
+        for job in jobs:
+            waiting.add(job)
+        serve(waiting)
+        return sum(len(completion.tokens) for job in jobs for completion in job.future.result() if isinstance(completion, Completion))
+
+    return step
+
+
+def generating(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Step:
+    """The same with `generate`: padded on the left to the longest."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+    def step() -> int:
+        with torch.no_grad():
+            model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        return len(prompts) * new
+
+    return step
+
+
+def sampling(bases: Mapping[str, Base], folder: str, *, budget_s: float, dtype: torch.dtype, sizes: Sequence[int], new: int) -> list[dict[str, Any]]:
+    """Greedy tokens after prompts of different lengths."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    rng, rows = np.random.default_rng(1), []
+    for size in sizes:
+        prompts = [rng.integers(10, 40000, 48 + 5 * (i % 8)).tolist() for i in range(size)]
+        steps = {"transformers generate": generating(model, prompts, new), **{f"crucible {name}": drawing(base, prompts, new) for name, base in bases.items()}}
+        times, _ = in_turns(steps, budget_s)
+        shares = {name: size * new / int(str(step())) for name, step in steps.items()}  # samples that end early count by their rate
+        rows += lines_of(f"sampling, {size} at once", {name: [t * shares[name] for t in found] for name, found in times.items()}, size * new)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| work | engine | rounds | tokens/s | × peer | of the GEMM limit |", "|---|---|---:|---:|---:|---:|"]
+    for found in rows:
+        share = "" if found["of_gemm_limit"] is None else f"{found['of_gemm_limit']:.0%}"
+        lines.append(f"| {found['case']} | {found['contender']} | {found['rounds']} | {found['tokens_per_s']:.0f} | {found['times_peer']:.2f} | {share} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="more time per case, more and longer samples")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", choices=("training", "sampling"))
+    parser.add_argument("--save", metavar="NAME")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    dtype = torch.bfloat16 if given.dtype == "bfloat16" else torch.float32
+    cache, cpu = places().cache, torch.device("cpu")
+    fast = load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine="fast")
+    bases = {"fast": fast, "plain": load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine="plain")}
+    folder = str(getattr(fast.model.config, "_name_or_path", given.model))
+    rows, budget_s = [], 240.0 if given.full else 30.0
+    if given.only != "sampling":
+        rows += training(bases, folder, budget_s=budget_s, dtype=dtype)
+    if given.only != "training":
+        sizes, new = ((1, 8, 32), 64) if given.full else ((1, 32), 16)
+        rows += sampling(bases, folder, budget_s=budget_s, dtype=dtype, sizes=sizes, new=new)
+    print(f"{given.model}, {given.dtype}, {given.threads} threads, torch {torch.__version__}, {gemm_rate(dtype) / 1e9:.0f} GFLOP/s at the end\n")
+    print(table(rows))
+    if given.save:
+        target = Path(__file__).parent / "results" / f"{given.save}.json"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps({"command": sys.argv, "torch": torch.__version__, "rows": rows}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

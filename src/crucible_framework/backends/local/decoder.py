@@ -1,0 +1,243 @@
+"""A small decoder of our own for the Llama, Qwen2 and Qwen3 families: transformers' numbers in less time.
+
+It reads the weights of transformers' modules, whose q, k, v and gate, up matrices it lays beside each other without a second copy, and
+the adapter that is active. Sequences may stand in one row, with attention inside each. This file does not know how models are loaded,
+nor layouts, losses or sampling. What it does not cover stays with transformers' modules: `Decoder.of` gives None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Attention, Rotation, Span, attend, rotate
+from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
+from .lora import LoraLinear, Slot
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+__all__ = ["Decoder"]
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions that do not change with the length of what is read."""
+RECOMPUTE_ABOVE = 4096
+"""Tokens of one pass above which a layer's inner activations are computed again instead of kept."""
+
+
+class _Config(Protocol):
+    """The part of a model's configuration that is read here."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+
+
+@dataclass(slots=True, eq=False)
+class _Joint:
+    """Linear layers that read the same input, as one matrix; `rows` says which output columns belong to which layer."""
+
+    frozen: Frozen
+    rows: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[LoraLinear], *, pack: bool) -> _Joint:
+        """Lays the layers' weights beside each other; the layers then hold views of the result."""
+        first = layers[0].linear
+        weight, bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
+        sizes = [layer.linear.out_features for layer in layers]
+        if len(layers) > 1:
+            weight = torch.cat([layer.linear.weight.detach() for layer in layers])
+            for layer, part in zip(layers, torch.split(weight, sizes), strict=True):
+                layer.linear.weight = nn.Parameter(part, requires_grad=False)
+            if any(layer.linear.bias is not None for layer in layers):
+                zeros = [layer.linear.weight.new_zeros(size) for layer, size in zip(layers, sizes, strict=True)]
+                bias = torch.cat([zero if layer.linear.bias is None else layer.linear.bias.detach() for layer, zero in zip(layers, zeros, strict=True)])
+        ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
+        rows = tuple((layer.name, end - size, end) for layer, end, size in zip(layers, ends, sizes, strict=True))
+        return cls(Frozen(weight, bias, pack=pack), rows)
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    """One decoder layer's frozen tensors."""
+
+    before: Tensor
+    qkv: _Joint
+    out: _Joint
+    between: Tensor
+    up: _Joint
+    down: _Joint
+    heads: Tensor | None
+
+
+class Decoder:
+    """The layers of one frozen model; see the file's head.
+
+    Args:
+        model: a Llama-, Qwen2- or Qwen3-like model whose linear layers are `LoraLinear`s.
+        head: its output layer's name.
+        slot: where the active adapter stands.
+        pack: whether matrices may have copies in oneDNN's order, which take up to twice their memory.
+    """
+
+    def __init__(self, model: nn.Module, head: str, slot: Slot, *, pack: bool) -> None:
+        config = cast("_Config", model.config)
+        self._slot, self._eps = slot, config.rms_norm_eps
+        self._queries, self._keys = config.num_attention_heads, config.num_key_value_heads
+        self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._embedding = cast("Tensor", model.get_submodule("model.embed_tokens").weight)
+        self._rotary = cast("Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]", model.get_submodule("model.rotary_emb"))
+        self._norm = cast("Tensor", model.get_submodule("model.norm").weight).detach()
+        output = cast("LoraLinear", model.get_submodule(head))
+        pack = pack and can_pack(output.weight)
+        self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack), head
+        self._layers = [self._layer(layer, pack=pack) for layer in cast("nn.ModuleList", model.get_submodule("model.layers"))]
+
+    @classmethod
+    def of(cls, model: nn.Module, head: str, slot: Slot, *, pack: bool) -> Decoder | None:
+        """A decoder for the model, or None where it is of another family or has parts that are not covered."""
+        config = model.config
+        rope = getattr(config, "rope_parameters", None)
+        kind = rope.get("rope_type", "default") if isinstance(rope, dict) else None
+        known = getattr(config, "model_type", "") in FAMILIES and getattr(config, "hidden_act", "") == "silu" and kind in ROTARY
+        window = getattr(config, "use_sliding_window", getattr(config, "sliding_window", None))
+        if not known or window or getattr(model.get_submodule(f"{head}.linear"), "bias", None) is not None:
+            return None
+        return cls(model, head, slot, pack=pack)
+
+    def _layer(self, layer: nn.Module, *, pack: bool) -> _Layer:
+        def joint(*names: str) -> _Joint:
+            return _Joint.of([cast("LoraLinear", layer.get_submodule(name)) for name in names], pack=pack)
+
+        def norm(name: str) -> Tensor:
+            return cast("Tensor", layer.get_submodule(name).weight).detach()
+
+        heads = None
+        if hasattr(layer.get_submodule("self_attn"), "q_norm"):
+            q, k = norm("self_attn.q_norm"), norm("self_attn.k_norm")
+            heads = torch.cat([q.expand(self._queries, -1), k.expand(self._keys, -1)])
+        return _Layer(
+            before=norm("input_layernorm"),
+            qkv=joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            out=joint("self_attn.o_proj"),
+            between=norm("post_attention_layernorm"),
+            up=joint("mlp.gate_proj", "mlp.up_proj"),
+            down=joint("mlp.down_proj"),
+            heads=heads,
+        )
+
+    def hidden(
+        self, ids: Tensor, cache: Cache | None = None, *, mask: Tensor | None = None, places: Tensor | None = None, spans: Sequence[Span] | None = None
+    ) -> Tensor:
+        """The last hidden states [B, L, H]; see `Base.hidden`.
+
+        Args:
+            ids: int64 [B, L].
+            cache: keys and values of earlier tokens; only without a gradient.
+            mask: bool [B, earlier + L] where L is 1, or float [B, 1, L, L].
+            places: int64 [1 or B, L].
+            spans: which tokens of the flattened ids see each other, in place of a mask.
+        """
+        rows, length = ids.shape
+        earlier = cache.get_seq_length() if cache is not None else 0
+        if places is None:
+            places = torch.arange(earlier, earlier + length, device=ids.device)[None]
+        x = functional.embedding(ids.flatten(), self._embedding)
+        cos, sin = (part[..., : self._size // 2].expand(rows, -1, -1).reshape(-1, 1, self._size // 2) for part in self._rotary(x, places))
+        active = self._slot.active
+        seed = active.begin() if active is not None else 0
+        if spans is None:
+            wide = mask.to(x.dtype) if mask is not None and mask.is_floating_point() else None
+            spans = [Span(0, rows, length, wide)]
+        elif x.dtype != torch.float32:
+            spans = [span if span.mask is None else replace(span, mask=span.mask.to(x.dtype)) for span in spans]
+        if cache is not None:
+            seen = _seen(mask, earlier, length, ids.device)
+            whole = None if earlier else spans
+            for index, layer in enumerate(self._layers):
+                rotation = Rotation(cos, sin, layer.heads, self._eps)
+                x = self._cached(layer, x, rotation, index=index, cache=cache, shape=ids.shape, spans=whole, seen=seen)
+        else:
+            again = torch.is_grad_enabled() and x.shape[0] > RECOMPUTE_ABOVE
+            for layer in self._layers:
+                rotation = Rotation(cos, sin, layer.heads, self._eps)
+                x = (
+                    checkpoint(self._whole, layer, x, rotation, spans, seed, use_reentrant=False, preserve_rng_state=False)
+                    if again
+                    else self._whole(layer, x, rotation, spans, seed)
+                )
+        return Norm.apply(x, self._norm, self._eps).view(rows, length, -1)  # type: ignore[no-untyped-call, no-any-return]
+
+    # ----------------------------------------------------------------------------------------------------------- layers
+    def _whole(self, layer: _Layer, x: Tensor, rotation: Rotation, spans: Sequence[Span], seed: int) -> Tensor:
+        """A layer over whole sequences."""
+        qkv = self._times(layer.qkv, x, seed, norm=layer.before).view(x.shape[0], -1, self._size)
+        o = cast("Tensor", Attention.apply(qkv, self._queries, rotation, spans))  # type: ignore[no-untyped-call]
+        return self._mlp(layer, self._times(layer.out, o.flatten(1), seed, residual=x), seed)
+
+    def _mlp(self, layer: _Layer, x: Tensor, seed: int) -> Tensor:
+        both = self._times(layer.up, x, seed, norm=layer.between)
+        return self._times(layer.down, both, seed, residual=x, gated=True)
+
+    def _cached(
+        self, layer: _Layer, x: Tensor, rotation: Rotation, *, index: int, cache: Cache, shape: torch.Size, spans: Sequence[Span] | None, seen: Tensor | None
+    ) -> Tensor:
+        """A layer over new tokens, whose keys and values the cache takes."""
+        qkv = self._times(layer.qkv, x, 0, norm=layer.before).view(x.shape[0], -1, self._size)
+        if spans is not None:
+            o = cast("Tensor", Attention.apply(qkv, self._queries, rotation, spans))  # type: ignore[no-untyped-call]  # rotates qkv in place
+            _, k, v = self._split(qkv, shape)
+            cache.update(k, v, index)
+        else:
+            rotate(qkv, self._queries + self._keys, rotation)
+            q, k, v = self._split(qkv, shape)
+            keys, values = cache.update(k, v, index)
+            o = attend(q, keys, values, seen).transpose(1, 2).flatten(0, 1)
+        return self._mlp(layer, self._times(layer.out, o.flatten(1), 0, residual=x), 0)
+
+    def _split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+        """Packed heads as queries, keys and values [B, heads, L, D]."""
+        return torch.split(torch.unflatten(qkv, 0, shape).transpose(1, 2), [self._queries, self._keys, self._keys], dim=1)
+
+    def _times(self, joint: _Joint, x: Tensor, seed: int, *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False) -> Tensor:
+        """(norm or gate →) matrix with the active adapter (+ residual)."""
+        active = self._slot.active
+        step = Matmul(joint.frozen, norm=norm, eps=self._eps, gated=gated)
+        found = [(row, active.pairs[row[0]]) for row in joint.rows if row[0] in active.pairs] if active is not None else []
+        if active is None or not found:
+            return cast("Tensor", LoraMatmul.apply(x, residual, step)) if x.requires_grad else _plain(step, x, residual, None)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled() and not active.drops:
+            return _plain(step, x, residual, active.beside(joint.rows, joint.frozen.weight))
+        masks = [active.mask(seed, row[0], (x.shape[0], joint.frozen.weight.shape[1]), x.device) for row, _ in found]
+        step.parts = [Part(row[1], row[2], kept) for (row, _), kept in zip(found, masks, strict=True)]
+        step.scale = active.scale * active.raise_by
+        tensors = [tensor.to(x.dtype) for _, pair in found for tensor in pair]
+        return cast("Tensor", LoraMatmul.apply(x, residual, step, *tensors))  # type: ignore[no-untyped-call]
+
+
+def _plain(step: Matmul, h: Tensor, residual: Tensor | None, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A step without a graph; the pair is the adapters' [in, rank] and [rank, out], scaled."""
+    x, _ = step.enter(h)
+    y = step.frozen.times(x)
+    if pair is not None:
+        y.addmm_(x @ pair[0], pair[1])
+    return y if residual is None else y.add_(residual)
+
+
+def _seen(mask: Tensor | None, earlier: int, length: int, device: torch.device) -> Tensor | None:
+    """Which columns of a cache new tokens see, bool [B or 1, 1, L, earlier + L]; None where all do."""
+    if not earlier or (length == 1 and mask is None):
+        return None
+    if mask is not None and length == 1:
+        return mask[:, None, None, : earlier + 1]
+    columns = torch.arange(earlier + length, device=device)
+    return (columns[None] <= columns[earlier:, None])[None, None]
