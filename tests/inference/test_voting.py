@@ -39,7 +39,7 @@ def test_majority() -> None:
     assert majority(cast(None)).reason == "all abstained"
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: getattr(rule, "__name__", type(rule).__name__))
 def test_no_ballot_is_an_error(rule: Vote) -> None:
     with pytest.raises(InferenceError, match="away"):
         rule([FAILED])
@@ -57,7 +57,7 @@ BALLOT = st.builds(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: getattr(rule, "__name__", type(rule).__name__))
 @given(ballots=st.lists(BALLOT, min_size=1, max_size=7), order=st.randoms(use_true_random=False))
 def test_order_does_not_matter(rule: Vote, ballots: list[Ballot], order: random.Random) -> None:
     named = [replace(ballot, member=f"m{i}") for i, ballot in enumerate(ballots)]
