@@ -153,7 +153,7 @@ def test_a_full_queue_drops_counts_and_says_so() -> None:
     start = time.perf_counter()
     for step in range(1000):
         emit("x", step=step)
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10
     gate.set()
     end()
     told = [event for event in seen if event["name"] == "events.dropped"]
