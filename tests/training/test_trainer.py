@@ -41,7 +41,10 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run_behind(tmp_path: Path, 
     assert info.status == "done"
     assert info.environment is not None
     assert info.environment["command"] == "crucible train x"
-    assert [c.step for c in Checkpoints(folder / "checkpoints").list()] == [4, 8, 12]
+    saved = Checkpoints(folder / "checkpoints").list()
+    assert [c.step for c in saved] == [4, 8, 12]
+    assert saved[-1].metrics["train/loss"] == steps[-1]["train/loss"]
+    assert "probe/loss" not in saved[-1].metrics, "it was taken before these weights"
     assert {"training.run", "training.step", "checkpoint.saved"} <= {str(event["name"]) for event in seen}
 
 

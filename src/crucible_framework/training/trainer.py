@@ -371,7 +371,7 @@ class Trainer:
     def _latest_metrics(self) -> dict[str, float]:
         latest: dict[str, float] = {}
         for row in self._rows:
-            latest |= {name: float(cast("float", value)) for name, value in row.items() if "/" in name}
+            latest |= {name: float(cast("float", value)) for name, value in row.items() if "/" in name and not name.startswith("probe/")}
         return latest
 
     def _save(self, name: str, *, pinned: bool = False) -> Checkpoint:
