@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 
-import numpy as np
 import pytest
 import scipy.optimize
 from hypothesis import given
@@ -22,16 +21,7 @@ from crucible_framework.stats import (
 
 from .agreement import SCIPY, check
 
-SIDES = ("two-sided", "greater", "less")
-NUMBERS = st.lists(st.integers(-6, 6).map(float), min_size=8, max_size=14)
 BITS = st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=25)
-RANDOM = np.random.default_rng(11)
-CASES = [
-    ([1.2, 3.4, 2.2, 5.1, 4.4, 3.9], [2.2, 4.4, 6.1, 5.0, 7.7, 6.8, 5.5]),
-    (RANDOM.normal(0, 1, 30).tolist(), RANDOM.normal(0.4, 3, 12).tolist()),
-    (RANDOM.exponential(1, 60).tolist(), RANDOM.exponential(1.6, 70).tolist()),
-    (RANDOM.integers(0, 5, 40).tolist(), RANDOM.integers(1, 6, 40).tolist()),
-]
 
 
 @given(BITS, BITS)
