@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from crucible_framework.backends.local import decoder as decoders
 from crucible_framework.backends.local import engine, kernels, layout
 from crucible_framework.backends.local.bases import Base, load_base
 from crucible_framework.backends.local.kv import Shared, pasts_of
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
+from crucible_framework.backends.local.walks import STEPS, Drop, Walks
+from crucible_framework.errors import ConfigError
 from crucible_framework.records import Batch, Datum, LoraConfig
 
 from .models_for_tests import CE, CE_FROM_LOGITS, VOCAB, batch, make_qwen, save_model
@@ -139,10 +140,10 @@ def test_second_passes_and_recomputed_layers_change_nothing(pair: tuple[Base, Ba
     fast, _ = pair
     given = alike(3)
     expected = evaluated(fast, given, dropout=dropout)
-    monkeypatch.setattr(decoders, "RECOMPUTE_ABOVE", 0)
+    assert fast.decoder is not None
+    monkeypatch.setattr(fast.decoder, "recompute_above", 0)
     check(evaluated(fast, given, dropout=dropout), expected)
-    monkeypatch.setattr(engine, "TOKENS_PER_SLICE", 0)
-    check(evaluated(fast, given, dropout=dropout), expected)
+    check(evaluated(replace(fast, limit=16), given), evaluated(fast, given))
 
 
 def test_masks_places_and_caches(pair: tuple[Base, Base]) -> None:
@@ -232,11 +233,57 @@ def test_bfloat16_stays_near(tmp_path: Path, qwen: Path) -> None:
         assert error < 0.05**2 * sum(float(value.square().sum()) for value in expected[1].values())
 
 
+# ---------------------------------------------------------------------------------------------------------------- memory
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_pass_keeps_is_what_was_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool) -> None:
+    base = load_base(str(_llama(tmp_path / "m")), cache=tmp_path, dtype=torch.float32, device=CPU)
+    assert base.decoder is not None
+    monkeypatch.setattr(base.decoder, "recompute_above", 0 if again else 10_000)
+    kept = dict[int, int]()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    frozen = {p.untyped_storage().data_ptr() for p in base.model.parameters()}
+    used = active(base)
+    used = replace(used, adapter={name: tensor.requires_grad_() for name, tensor in used.adapter.items()})
+    ids = torch.randint(0, 200, (1, 100))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), base.slot.using(used):
+        hidden = base.hidden(ids)
+    total = sum(size for pointer, size in kept.items() if pointer not in frozen)
+    foreseen = base.decoder.kept_bytes(100, 100, again=again)
+    assert hidden.requires_grad
+    assert (0.05 if again else 0.4) * foreseen < total <= foreseen
+
+
+def test_a_budget_sets_the_passes(tmp_path: Path) -> None:
+    folder = str(_llama(tmp_path / "m"))
+    free = load_base(folder, cache=tmp_path, dtype=torch.float32, device=CPU)
+    assert free.decoder is not None
+    for tokens in (512, 1024):
+        budget = free.decoder.kept_bytes(tokens, 512, again=False)
+        found = load_base(folder, cache=tmp_path, dtype=torch.float32, device=CPU, activations_bytes=budget)
+        assert found.decoder is not None
+        assert found.layout["limit"] == found.decoder.recompute_above == tokens
+        check(evaluated(found, batch(90, 60)), evaluated(free, batch(90, 60)))
+    least = free.decoder.kept_bytes(256, 256, again=True)
+    small = load_base(folder, cache=tmp_path, dtype=torch.float32, device=CPU, activations_bytes=least)
+    assert small.decoder is not None
+    assert small.decoder.recompute_above == 0
+    with pytest.raises(ConfigError, match=f"keeps {least} bytes"):
+        load_base(folder, cache=tmp_path, dtype=torch.float32, device=CPU, activations_bytes=least - 1)
+    with pytest.raises(ConfigError, match="our own decoder"):
+        load_base(folder, cache=tmp_path, dtype=torch.float32, device=CPU, engine="plain", activations_bytes=least)
+
+
 # --------------------------------------------------------------------------------------------------------------- kernels
 @pytest.mark.parametrize(
-    ("norm", "gated", "residual", "masked"), [(True, False, False, True), (False, True, True, True), (False, False, True, False), (True, False, False, False)]
+    ("norm", "gated", "residual", "rows"),
+    [(True, False, False, 5), (False, True, True, 5), (False, False, True, 0), (True, False, False, 0), (True, False, True, 3)],
 )
-def test_a_step_is_what_autograd_says(norm: bool, gated: bool, residual: bool, masked: bool) -> None:
+def test_a_step_is_what_autograd_says(norm: bool, gated: bool, residual: bool, rows: int) -> None:
+    """`rows` of five go through dropout; the second part has a scale for every token."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -245,9 +292,9 @@ def test_a_step_is_what_autograd_says(norm: bool, gated: bool, residual: bool, m
     width, out = 6, 8
     weight = random(out, width).detach()
     h, extra = random(5, 2 * width if gated else width), random(5, out) if residual else None
-    masks = [torch.rand(5, width, generator=generator) > 0.3 if masked else None for _ in range(2)]
-    frozen, parts = kernels.Frozen(weight, random(out).detach()), [kernels.Part(0, 5, masks[0]), kernels.Part(5, 8, masks[1])]
-    step = kernels.Matmul(frozen, parts, 0.7, random(width).detach() if norm else None, 1e-6, gated)
+    frozen, parts = kernels.Frozen(weight, random(out).detach()), [kernels.Part(0, 5, 0.7), kernels.Part(5, 8, random(5, 3).detach())]
+    drops = [(slice(5 - rows, 5), Drop(1, 2, STEPS // 3))] if rows else []
+    step = kernels.Matmul(frozen, Walks(None), parts, drops, random(width).detach() if norm else None, 1e-6, gated)
     pairs = [random(2, width), random(5, 2), random(3, width), random(3, 3)]
     apply = cast("Any", kernels.LoraMatmul.apply)
     assert torch.autograd.gradcheck(lambda *tensors: apply(tensors[0], tensors[1], step, *tensors[2:]), cast("Any", (h, extra, *pairs)), atol=1e-4)
@@ -276,7 +323,7 @@ def test_scores_of_many_rows_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(kernels.Frozen, "times", counted)
     monkeypatch.setattr(kernels, "_CHUNK", 10)
-    found = kernels.target_scores(hidden, head, targets)
+    found = kernels.target_scores(hidden, head, targets, Walks(None))
     assert sizes == [10, 10, 3]
     expected = (hidden @ head.weight.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(found, expected)

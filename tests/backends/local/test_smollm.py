@@ -6,6 +6,7 @@ import subprocess
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -130,19 +131,23 @@ def test_the_real_model_answers(real: LocalBackend) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_model_is_that_of_transformers(real: LocalBackend) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.6)])
+def test_the_real_model_is_that_of_transformers(dtype: Literal["float32", "bfloat16"], tolerance: float) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     folder = smollm.folder(places().cache)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     assert not hasattr(model.config, "quantization_config")
-    ids = real.tokenizer("smollm2-135m").encode("Water boils at a hundred degrees at sea level, and lower on mountains.")
+    backend = LocalBackend(dtype=dtype)
+    ids = backend.tokenizer("smollm2-135m").encode("Water boils at a hundred degrees at sea level, and lower on mountains.")
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = [float(logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
-    found = real.sampler("smollm2-135m").compute_logprobs((ids[0],), tuple(ids[1:])).result()
-    assert found == pytest.approx(expected, abs=1e-3)
+    found = backend.sampler("smollm2-135m").compute_logprobs((ids[0],), tuple(ids[1:])).result()
+    backend.close()
+    assert found == pytest.approx(expected, abs=tolerance)
+    assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.1 * tolerance)
     assert -np.mean(expected) < 6  # nats per token: it has read English
 
 

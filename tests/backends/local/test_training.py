@@ -119,7 +119,8 @@ def test_two_passes_give_the_numbers_of_one(backend: LocalBackend, monkeypatch: 
     found = []
     last: tuple[tuple[float, float], dict[str, Tensor]] = ((0.0, 0.0), {})
     for limit in (2048, 20):
-        monkeypatch.setattr(engine, "TOKENS_PER_SLICE", limit)
+        base = backend._base("tiny")
+        monkeypatch.setitem(backend._bases, "tiny", replace(base, limit=limit))
         monkeypatch.setattr(engine, "lay_out", small_passes)
         session = backend.train("tiny", replace(LORA, dropout=dropout))
         for step in range(2):

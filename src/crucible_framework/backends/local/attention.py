@@ -7,18 +7,19 @@ know models, layouts or caches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .kernels import Context, norm_back, normed
+from .kernels import Context
+from .walks import Span, Walks
 
-__all__ = ["Attention", "Rotation", "Span", "attend", "rotate"]
+__all__ = ["SHORT", "Attention", "Rotation", "Span", "attend", "rotate"]
 
-_SHORT = 512
+SHORT = 512
 """Tokens of a run up to which attention may keep its probabilities."""
 
 
@@ -28,43 +29,15 @@ class Rotation:
 
     Attributes:
         cos, sin: [T, 1, D / 2]; both halves of a head turn by the same angles.
+        walks: how elementwise work is done.
         norm: [heads + key-value heads, D], or None.
     """
 
     cos: Tensor
     sin: Tensor
+    walks: Walks
     norm: Tensor | None = None
     eps: float = 0.0
-
-    def turn(self, x: Tensor, *, back: bool = False) -> None:
-        """Rotates [T, heads, D] in place. Source: Su et al. 2021, arXiv 2104.09864."""
-        half = x.shape[-1] // 2
-        first, second = x[..., :half], x[..., half:]
-        before = first.clone()
-        sign = -1 if back else 1
-        first.mul_(self.cos).addcmul_(second, self.sin, value=-sign)
-        second.mul_(self.cos).addcmul_(before, self.sin, value=sign)
-
-
-@dataclass(slots=True, frozen=True, eq=False)
-class Span:
-    """`count` runs of `length` tokens each from `start` on, that see their own run only.
-
-    Attributes:
-        mask: float broadcastable to [count, 1, length − skip, length], added to the scores; where None, a token sees those before it and itself.
-        skip: tokens at the run's start whose own attention an earlier span computes; the others see them.
-    """
-
-    start: int
-    count: int
-    length: int
-    mask: Tensor | None = None
-    skip: int = 0
-
-    @property
-    def stop(self) -> int:
-        """One beyond the last token."""
-        return self.start + self.count * self.length
 
 
 def _wide(x: Tensor, groups: int) -> Tensor:
@@ -76,38 +49,47 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
-def _by_products(x: Tensor, span: Span) -> bool:
-    """Whether scores are kept as a matrix: on a processor that is faster for short runs with a mask, and in bf16 for all short runs."""
-    return x.device.type == "cpu" and span.length <= _SHORT and (span.mask is not None or x.dtype == torch.bfloat16)
+@dataclass(slots=True, frozen=True, eq=False)
+class _Work:
+    """A span of packed heads: how many are queries' and keys', and how elementwise work is done."""
+
+    span: Span
+    queries: int
+    keys: int
+    walks: Walks
+
+    def by_products(self, x: Tensor) -> bool:
+        """Whether scores are kept as a matrix: on a processor that is faster for short runs where the softmax is compiled, with a mask, or in bf16."""
+        apt = self.walks.compiled or self.span.mask is not None or x.dtype == torch.bfloat16
+        return x.device.type == "cpu" and self.span.length <= SHORT and apt
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B · KV, heads / KV · (L − skip), D], scaled, keys and values [B · KV, L, D]: heads that share a key-value head are one product's rows."""
+        span, size = self.span, x.shape[-1]
+        q = self.walks.fold(x, span, 0, self.queries, scale=size**-0.5).view(span.count * self.keys, -1, size)
+        k, v = (self.walks.fold(x, replace(span, skip=0), first, self.keys).view(-1, span.length, size) for first in (self.queries, self.queries + self.keys))
+        return q, k, v
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, heads, L, D] with the heads that share a key-value head as rows of one product: [B · KV, heads / KV · L, D]; q scaled."""
-    groups = q.shape[1] // k.shape[1]
-    rows = torch.unflatten(q * q.shape[-1] ** -0.5, 1, (k.shape[1], groups)).flatten(2, 3).flatten(0, 1)
-    return rows, k.flatten(0, 1), v.flatten(0, 1)
+def _short(x: Tensor, o: Tensor, work: _Work) -> Tensor:
+    """Attention by two products into o [T, heads, D]; gives the probabilities [B · KV, heads / KV · (L − skip), L]."""
+    q, k, v = work.parts(x)
+    p = work.walks.softmax(torch.bmm(q, k.transpose(1, 2)), work.span)
+    work.walks.unfold(torch.bmm(p, v).view(work.span.count, work.queries, -1, x.shape[-1]), o, work.span, 0)
+    return p
 
 
-def _short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention by two products: [B, heads, L, D], and the probabilities [B · KV, heads / KV · L, L]."""
-    length, width = q.shape[2], k.shape[2]
-    rows, columns, values = _folded(q, k, v)
-    if mask is None:
-        mask = torch.full((length, length), torch.finfo(q.dtype).min, dtype=q.dtype).triu_(1)
-    scores = torch.bmm(rows, columns.transpose(1, 2))
-    scores.view(q.shape[0], k.shape[1], -1, length, width).add_(mask if mask.ndim == 2 else mask[:, :, None])
-    p = scores.softmax(-1)
-    return torch.bmm(p, values).view(q.shape), p
-
-
-def _short_back(g: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `_short` with respect to q, k and v."""
-    rows, columns, values = _folded(q, k, v)
-    up = torch.unflatten(g, 1, (k.shape[1], -1)).flatten(2, 3).flatten(0, 1)
+def _short_back(g: Tensor, x: Tensor, p: Tensor, dx: Tensor, work: _Work) -> None:
+    """Writes the gradients of `_short`'s queries, keys and values into dx, which has the shape of x."""
+    span, queries, keys, size = work.span, work.queries, work.keys, x.shape[-1]
+    q, k, v = work.parts(x)
+    up = work.walks.fold(g, span, 0, queries).view(q.shape)
     dv = torch.bmm(p.transpose(1, 2), up)
-    slope = torch.ops.aten._softmax_backward_data(torch.bmm(up, values.transpose(1, 2)), p, -1, p.dtype)
-    dq = torch.bmm(slope, columns).mul_(q.shape[-1] ** -0.5)
-    return dq.view(q.shape), torch.bmm(slope.transpose(1, 2), rows).view(k.shape), dv.view(v.shape)
+    slope = work.walks.softmax_back(torch.bmm(up, v.transpose(1, 2)), p, span)
+    work.walks.unfold(torch.bmm(slope, k).view(span.count, queries, -1, size), dx, span, 0, scale=size**-0.5)
+    dk = torch.bmm(slope.transpose(1, 2), q)
+    for first, part in ((queries, dk), (queries + keys, dv)):
+        work.walks.unfold(part.view(span.count, keys, span.length, size), dx, replace(span, skip=0), first, add=span.skip)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,29 +98,37 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor
     return out, norms
 
 
-def _forward(x: Tensor, span: Span, queries: int, keys: int) -> tuple[Tensor, Tensor | None]:
-    """A span's [count, heads, length, D], and what its backward pass needs."""
+def _forward(x: Tensor, o: Tensor, work: _Work) -> Tensor | None:
+    """Writes a span's result into o; gives what its backward pass needs."""
+    span, queries, keys = work.span, work.queries, work.keys
+    if work.by_products(x):
+        return _short(x, o, work)
     q, k, v = _heads(x, span, queries, keys)
-    if _by_products(x, span):
-        return _short(q, k, v, span.mask)
     k, v = _wide(k, queries // keys), _wide(v, queries // keys)
-    return _flash(q, k, v, span.mask) if x.device.type == "cpu" else (_sdpa(q, k, v, span.mask), None)
+    out, kept = _flash(q, k, v, span.mask) if x.device.type == "cpu" else (_sdpa(q, k, v, span.mask), None)
+    _rows(o, span)[:, span.skip :].copy_(out.transpose(1, 2))
+    return kept
 
 
-def _backward(g: Tensor, x: Tensor, o: Tensor, span: Span, *, kept: Tensor | None, heads: tuple[int, int]) -> Sequence[Tensor]:
-    """The gradients of a span's q, k and v; those of k and v for every query head, or already summed."""
-    queries, keys = heads
+def _backward(g: Tensor, x: Tensor, o: Tensor, dx: Tensor, *, kept: Tensor | None, work: _Work) -> None:
+    """Writes the gradients of a span's q, k and v into dx, by torch's fused attention."""
+    span, queries, keys = work.span, work.queries, work.keys
     q, k, v = _heads(x, span, queries, keys)
+    k, v = _wide(k, queries // keys), _wide(v, queries // keys)
     up = _rows(g, span)[:, span.skip :].transpose(1, 2)
-    if kept is not None and _by_products(x, span):
-        return _short_back(up, q, k, v, kept)
-    k, v = _wide(k, queries // keys), _wide(v, queries // keys)
     if kept is not None:
         out, back = _rows(o, span)[:, span.skip :].transpose(1, 2), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return cast("Sequence[Tensor]", back(up, q, k, v, out, kept, 0.0, span.mask is None, attn_mask=span.mask))
-    with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in (q, k, v)]
-        return torch.autograd.grad(_sdpa(leaves[0], leaves[1], leaves[2], span.mask), leaves, up)
+        found = cast("Sequence[Tensor]", back(up, q, k, v, out, kept, 0.0, span.mask is None, attn_mask=span.mask))
+    else:
+        with torch.enable_grad():
+            leaves = [part.detach().requires_grad_() for part in (q, k, v)]
+            found = torch.autograd.grad(_sdpa(leaves[0], leaves[1], leaves[2], span.mask), leaves, up)
+    dq, dk, dv = torch.split(_rows(dx, span), [queries, keys, keys], dim=2)
+    dq[:, span.skip :].copy_(found[0].transpose(1, 2))
+    for part, gradient in ((dk, found[1]), (dv, found[2])):
+        turned = torch.unflatten(gradient.transpose(1, 2), 2, (keys, queries // keys)).sum(dim=3)
+        part[:, : span.skip].add_(turned[:, : span.skip])
+        part[:, span.skip :].copy_(turned[:, span.skip :])
 
 
 class Attention(torch.autograd.Function):
@@ -150,56 +140,52 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, x: Tensor, queries: int, rotation: Rotation, spans: Sequence[Span]) -> Tensor:
         """See the class."""
-        keys = (x.shape[1] - queries) // 2
+        keys, walks = (x.shape[1] - queries) // 2, rotation.walks
         raw = rotate(x, queries + keys, rotation)
         o = x.new_empty((x.shape[0], queries, x.shape[2]))
-        kept = list[Tensor]()
-        for span in spans:
-            out, needed = _forward(x, span, queries, keys)
-            _rows(o, span)[:, span.skip :].copy_(out.transpose(1, 2))
-            kept += [] if needed is None else [needed]
+        kept = [_forward(x, o, _Work(span, queries, keys, walks)) for span in spans]
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, o, *kept, *(raw or ()))
-            ctx.given = queries, keys, rotation, spans, len(kept)  # type: ignore[attr-defined]
+            ctx.save_for_backward(x, o, *(raw or ()), *(part for part in kept if part is not None))
+            ctx.given = queries, keys, rotation, spans, [part is not None for part in kept]  # type: ignore[attr-defined]
         return o
 
     @staticmethod
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the heads as they came."""
-        (g,) = grad_outputs
-        queries, keys, rotation, spans, count = cast("tuple[int, int, Rotation, Sequence[Span], int]", ctx.given)  # type: ignore[attr-defined]
+        g = grad_outputs[0].contiguous()
+        queries, keys, rotation, spans, has = cast("tuple[int, int, Rotation, Sequence[Span], list[bool]]", ctx.given)  # type: ignore[attr-defined]
         x, o, *rest = ctx.saved_tensors
+        raw, rest = (rest[:2], rest[2:]) if rotation.norm is not None else ([], rest)
         dx = torch.empty_like(x)
-        for place, span in enumerate(spans):
-            found = _backward(g, x, o, span, kept=rest[place] if count else None, heads=(queries, keys))
-            q, k, v = torch.split(_rows(dx, span), [queries, keys, keys], dim=2)
-            q[:, span.skip :].copy_(found[0].transpose(1, 2))
-            for part, gradient in ((k, found[1]), (v, found[2])):
-                turned = gradient.transpose(1, 2)
-                turned = turned if turned.shape[2] == keys else torch.unflatten(turned, 2, (keys, queries // keys)).sum(dim=3)
-                part[:, : span.skip].add_(turned[:, : span.skip])
-                part[:, span.skip :].copy_(turned[:, span.skip :])
-        _rotate_back(dx, queries + keys, rotation, rest[count:])
+        for span, there in zip(spans, has, strict=True):
+            kept = rest.pop(0) if there else None
+            work = _Work(span, queries, keys, rotation.walks)
+            if kept is not None and work.by_products(x):
+                _short_back(g, x, kept, dx, work)
+            else:
+                _backward(g, x, o, dx, kept=kept, work=work)
+        _rotate_back(dx, queries + keys, rotation, raw)
         return dx, None, None, None
 
 
 def rotate(x: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor] | None:
     """Norms and rotates the first `heads` of [T, …, D] in place; gives what a norm's backward pass needs."""
-    qk, raw = x[:, :heads], None
+    raw = None
     if rotation.norm is not None:
+        qk = x[:, :heads]
         before = qk.clone()
-        new, r = normed(before, rotation.norm, rotation.eps)
+        new, r = rotation.walks.norm(before, rotation.norm, rotation.eps)
         qk.copy_(new)
         raw = before, r
-    rotation.turn(qk)
+    rotation.walks.rotate(x, heads, rotation.cos, rotation.sin)
     return raw
 
 
 def _rotate_back(dx: Tensor, heads: int, rotation: Rotation, raw: Sequence[Tensor]) -> None:
-    qk = dx[:, :heads]
-    rotation.turn(qk, back=True)
+    rotation.walks.rotate(dx, heads, rotation.cos, rotation.sin, back=True)
     if rotation.norm is not None:
-        qk.copy_(norm_back(qk.clone(), raw[0], rotation.norm, raw[1]))
+        qk = dx[:, :heads]
+        qk.copy_(rotation.walks.norm_back(qk.clone(), raw[0], rotation.norm, raw[1]))
 
 
 def _rows(x: Tensor, span: Span) -> Tensor:

@@ -34,7 +34,6 @@ __all__ = ["LocalBackend"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
-THREADS = 2
 
 
 def _device(name: str) -> torch.device:
@@ -55,12 +54,16 @@ class LocalBackend:
     are loaded once per model and shared; they never change. On a CPU the same requests give the same bits, for the same number of threads.
 
     Args:
-        dtype: of the base weights; "auto" is bfloat16 on a GPU and float32 elsewhere. Adapters are float32 always.
+        dtype: of the base weights; "auto" is bfloat16 on a GPU and on a processor with instructions for it, float32 elsewhere and for models of
+            less than 16 million weights. Adapters are float32 always.
         device: "auto" takes a GPU where there is one.
-        threads: that torch may use inside one operation; None: two, or one where the environment says one. It applies to the process.
+        threads: that torch may use inside one operation; None: one per core, or as OMP_NUM_THREADS says. It applies to the process.
         cache: where `smollm2-135m` is kept; None: the user's cache folder.
         engine: "fast" runs the Llama, Qwen2 and Qwen3 families through a decoder of our own, "plain" all through transformers' modules;
             their numbers agree to rounding.
+        activations_bytes: what a training pass may keep beside the weights; batches go through the model in passes that fit, and a sequence that does
+            not fit alone keeps little and computes the rest again. None: passes of 2,048 tokens.
+        native: whether "fast" may compile C++ kernels on first use, where there is a compiler; else, and elsewhere, torch does the same.
 
     Raises:
         ConfigError: an option is out of range, or there is no such device.
@@ -74,6 +77,8 @@ class LocalBackend:
         threads: int | None = None,
         cache: str | Path | None = None,
         engine: Literal["fast", "plain"] = "fast",
+        native: bool = True,
+        activations_bytes: int | None = None,
     ) -> None:
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32' or 'bfloat16'.")
@@ -81,12 +86,14 @@ class LocalBackend:
             raise ConfigError(f"threads is {threads!r}; expected a whole number of at least 1, or None.")
         if engine not in ("fast", "plain"):
             raise ConfigError(f"engine is {engine!r}; expected 'fast' or 'plain'.")
+        if activations_bytes is not None and (not isinstance(activations_bytes, int) or isinstance(activations_bytes, bool) or activations_bytes < 1):
+            raise ConfigError(f"activations_bytes is {activations_bytes!r}; expected a whole number of bytes, or None.")
         self._engine: Literal["fast", "plain"] = engine
+        self._native, self._activations_bytes = native, activations_bytes
         self._device = _device(device)
-        gpu = self._device.type == "cuda"
-        self._dtype = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and gpu) else torch.float32
+        self._dtype = None if dtype == "auto" else getattr(torch, dtype)
         self._cache = Path(cache) if cache is not None else places().cache
-        self._queue: Queue[Ask, Answer] = Queue(serve, threads or min(THREADS, torch.get_num_threads()))
+        self._queue: Queue[Ask, Answer] = Queue(serve, threads or torch.get_num_threads())
         self._loading, self._lock = threading.Lock(), threading.Lock()
         self._bases: dict[str, Base] = {}
         self._plain: dict[str, Future[Frozen]] = {}
@@ -205,7 +212,15 @@ class LocalBackend:
         name = canonical(base_model)
         with self._loading:
             if name not in self._bases:
-                self._bases[name] = load_base(name, cache=self._cache, dtype=self._dtype, device=self._device, engine=self._engine)
+                self._bases[name] = load_base(
+                    name,
+                    cache=self._cache,
+                    dtype=self._dtype,
+                    device=self._device,
+                    engine=self._engine,
+                    native=self._native,
+                    activations_bytes=self._activations_bytes,
+                )
             return self._bases[name]
 
     def _session(self, base: Base, base_model: str, lora: LoraConfig, start: Snapshot) -> LocalSession:

@@ -8,8 +8,6 @@ the output layer applied to the last hidden state (Llama, Qwen, Mistral, SmolLM,
 from __future__ import annotations
 
 import inspect
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,19 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ...data.tokens import ByteTokenizer, HuggingFaceTokenizer
-from ...errors import BackendError, ConfigError, CorruptError, NotFoundError, UnknownNameError
+from ...errors import ConfigError, CorruptError, NotFoundError, UnknownNameError
 from ...events import span
 from ...files import read_json, storage_errors, verify
 from ...losses.apply import target_logprobs
 from ...protocols import Tokenizer
 from ...records import record
 from . import smollm
-from .attention import Span
 from .decoder import Decoder
 from .hub import snapshot
 from .kernels import target_scores
-from .layout import Pass
+from .layout import TOKENS_PER_SLICE, Pass
 from .lora import Slot, install
+from .sizes import ITEM_BYTES, check_memory, fitting_dtype, room_to_pack, weights_in
+from .walks import Span, Walks
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -42,7 +41,6 @@ TINY = "tiny"
 TINY_CONTEXT = 2048
 SMOLLM = "smollm2-135m"
 ALIASES = {SMOLLM: SMOLLM, smollm.HUB_ID: SMOLLM}
-_ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
 
 class _Layout(TypedDict):
@@ -50,6 +48,7 @@ class _Layout(TypedDict):
 
     share: bool
     pack: bool
+    limit: int
 
 
 class _Config(Protocol):
@@ -73,6 +72,7 @@ class Base:
         decoder: our own layers over the model's weights; None where transformers' modules compute.
         context: the most tokens that it reads.
         vocab_size: rows of its embedding; the tokenizer may have fewer.
+        limit: tokens that go through the model together in training.
     """
 
     name: str
@@ -86,11 +86,12 @@ class Base:
     vocab_size: int
     device: torch.device
     decoder: Decoder | None = None
+    limit: int = TOKENS_PER_SLICE
 
     @property
     def layout(self) -> _Layout:
         """What `lay_out` may do for this base."""
-        return {"share": self.takes_masks, "pack": self.decoder is not None}
+        return {"share": self.takes_masks, "pack": self.decoder is not None, "limit": self.limit}
 
     @property
     def takes_masks(self) -> bool:
@@ -130,7 +131,7 @@ class Base:
         """log p fp32 [R] of targets [R] after hidden states [R, H], in nats."""
         if self.decoder is None or self._adapted_head:
             return target_logprobs(self.logits(hidden), targets)
-        return target_scores(hidden, self.decoder.head, targets)
+        return target_scores(hidden, self.decoder.head, targets, self.decoder.walks)
 
     @property
     def _adapted_head(self) -> bool:
@@ -190,52 +191,8 @@ def _locate(name: str, cache: Path, device_bytes: int | None) -> Path:
     if name in ALIASES:
         return smollm.folder(cache)
     if name.count("/") == 1:
-        return snapshot(name, device_bytes, _check_memory)
+        return snapshot(name, device_bytes, check_memory)
     raise UnknownNameError("base model", name, (TINY, SMOLLM), fix="A Hugging Face id ('organisation/name') or a folder works too.")
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-def available_bytes() -> int | None:
-    """Memory that can be had without swapping, or None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _check_memory(name: str, need: int) -> None:
-    have = available_bytes()
-    if have is not None and need > have:
-        raise BackendError(
-            f"{name!r} needs {need / 2**30:.1f} GiB for its weights; {have / 2**30:.1f} GiB of memory are free. "
-            f"Choose a smaller model ({SMOLLM!r} needs 0.5), dtype='bfloat16', or a machine with more memory."
-        )
-
-
-def _weights(folder: Path) -> int:
-    """How many numbers the folder's safetensors hold, from their headers.
-
-    Raises:
-        CorruptError: no safetensors, or a header that does not parse.
-    """
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise CorruptError(f"The model folder {str(folder)!r} holds no .safetensors file. Download the model again; pickled weights are never read.")
-    count = 0
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(min(length, path.stat().st_size)))
-            tensors = [entry for key, entry in header.items() if key != "__metadata__"]
-            count += sum(torch.Size(entry["shape"]).numel() for entry in tensors)
-            end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptError(f"{str(path)!r} is no valid safetensors file: {error}. Download the model again.") from error
-        if path.stat().st_size != 8 + length + end:
-            raise CorruptError(f"{str(path)!r} has {path.stat().st_size} bytes; its header says {8 + length + end}. Download the model again.")
-    return count
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -288,7 +245,7 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
             verify(folder)
         except CorruptError as error:
             raise CorruptError(f"The model {name!r} is damaged: {error} Delete that folder: it is made again.") from error
-    _check_memory(name, _weights(folder) * _ITEM_BYTES[dtype])
+    check_memory(name, weights_in(folder) * ITEM_BYTES[dtype])
     try:
         with _quiet():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -330,15 +287,26 @@ def load_tokenizer(name: str, *, cache: Path) -> Tokenizer:
     return ByteTokenizer() if name == TINY else HuggingFaceTokenizer(_locate(name, cache, None), name)
 
 
-def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.device, engine: Literal["fast", "plain"] = "fast") -> Base:
+def load_base(
+    name: str,
+    *,
+    cache: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    engine: Literal["fast", "plain"] = "fast",
+    native: bool = True,
+    activations_bytes: int | None = None,
+) -> Base:
     """Loads a base model and freezes it.
 
     Args:
         name: "tiny", "smollm2-135m" (or its hub id), a folder, or a hub id.
         cache: where `smollm2-135m` is kept once converted.
-        dtype: of the weights.
+        dtype: of the weights; None: bfloat16 on a GPU and, for models of `SMALL` weights and more, on a processor that is fast at it; else float32.
         device: where they are put.
         engine: "fast" takes our own decoder for the families that it covers.
+        native: whether our own decoder may compile C++ for this processor.
+        activations_bytes: what a training pass may keep beside the weights; None: 2,048 tokens, whatever they take.
 
     Raises:
         UnknownNameError: a short name that is none of ours.
@@ -347,21 +315,29 @@ def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.devic
         CorruptError: files are broken.
         BackendError: the weights do not fit into memory.
     """
-    with span("model.loaded", model=name, dtype=str(dtype).removeprefix("torch.")) as opened:
+    with span("model.loaded", model=name) as opened:
         if name == TINY:
-            model, source, tokenizer = tiny_model().to(dtype), TINY, cast("Tokenizer", ByteTokenizer())
+            kind = dtype or fitting_dtype(0, device)
+            model, source, tokenizer = tiny_model().to(kind), TINY, cast("Tokenizer", ByteTokenizer())
         else:
             with storage_errors(cache, "read"):
-                folder = _locate(name, cache, _ITEM_BYTES[dtype])
-            model, source, tokenizer = _from_folder(folder, name, dtype), smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name)
+                folder = _locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
+            kind = dtype or fitting_dtype(weights_in(folder), device)
+            model, source, tokenizer = _from_folder(folder, name, kind), smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name)
         model.requires_grad_(requires_grad=False).to(device)
         head = _head_name(model, name)
         _probe(model, head, name, device)
         slot, layers = install(model)
-        decoder = Decoder.of(model, head, slot, pack=_room_to_pack(layers, dtype)) if engine == "fast" else None
-        config = cast("_Config", model.config)
+        walks = Walks(cache / "native" if native and device.type == "cpu" else None)
+        decoder = Decoder.of(model, head, slot, pack=room_to_pack(layers, kind), walks=walks) if engine == "fast" else None
+        config, limit = cast("_Config", model.config), TOKENS_PER_SLICE
+        if activations_bytes is not None:
+            if decoder is None:
+                raise ConfigError(f"activations_bytes works with our own decoder, which does not cover {name!r} (or engine='plain'). Leave it out.")
+            limit = decoder.fit(activations_bytes, TOKENS_PER_SLICE)
         context = int(getattr(config, "max_position_embeddings", 0) or TINY_CONTEXT)
-        opened.set(parameters=sum(p.numel() for p in model.parameters()), engine="plain" if decoder is None else "fast")
+        opened.set(parameters=sum(p.numel() for p in model.parameters()), dtype=str(kind).removeprefix("torch."))
+        opened.set(engine="plain" if decoder is None else "fast", native=decoder is not None and walks.compiled)
         return Base(
             name=name,
             source=source,
@@ -374,14 +350,8 @@ def load_base(name: str, *, cache: Path, dtype: torch.dtype, device: torch.devic
             vocab_size=int(config.vocab_size),
             device=device,
             decoder=decoder,
+            limit=limit,
         )
-
-
-def _room_to_pack(layers: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> bool:
-    """Whether two more copies of all matrices take at most a quarter of the free memory."""
-    have = available_bytes()
-    need = 2 * _ITEM_BYTES[dtype] * sum(out * into for out, into in layers.values())
-    return have is not None and need <= have / 4
 
 
 def _head_name(model: nn.Module, name: str) -> str:

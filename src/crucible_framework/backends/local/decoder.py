@@ -8,7 +8,7 @@ nor layouts, losses or sampling. What it does not cover stays with transformers'
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention, Rotation, Span, attend, rotate
+from ...errors import ConfigError
+from .attention import SHORT, Attention, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
 from .lora import LoraLinear, Slot
+from .walks import Span, Walks
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -29,7 +31,9 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions that do not change with the length of what is read."""
 RECOMPUTE_ABOVE = 4096
-"""Tokens of one pass above which a layer's inner activations are computed again instead of kept."""
+"""Tokens of one pass above which a layer's inner activations are computed again instead of kept, where no budget says otherwise."""
+FEWEST = 256
+"""Tokens of a pass below which products are slow; a budget for less is met by computing again."""
 
 
 class _Config(Protocol):
@@ -87,11 +91,12 @@ class Decoder:
         head: its output layer's name.
         slot: where the active adapter stands.
         pack: whether matrices may have copies in oneDNN's order, which take up to twice their memory.
+        walks: how elementwise work is done.
     """
 
-    def __init__(self, model: nn.Module, head: str, slot: Slot, *, pack: bool) -> None:
+    def __init__(self, model: nn.Module, head: str, slot: Slot, *, pack: bool, walks: Walks) -> None:
         config = cast("_Config", model.config)
-        self._slot, self._eps = slot, config.rms_norm_eps
+        self._slot, self._eps, self.walks = slot, config.rms_norm_eps, walks
         self._queries, self._keys = config.num_attention_heads, config.num_key_value_heads
         self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._embedding = cast("Tensor", model.get_submodule("model.embed_tokens").weight)
@@ -101,9 +106,40 @@ class Decoder:
         pack = pack and can_pack(output.weight)
         self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack), head
         self._layers = [self._layer(layer, pack=pack) for layer in cast("nn.ModuleList", model.get_submodule("model.layers"))]
+        self.recompute_above = RECOMPUTE_ABOVE
+
+    def kept_bytes(self, tokens: int, longest: int, *, again: bool) -> int:
+        """About what a training pass keeps beside the weights.
+
+        Args:
+            tokens: of the pass.
+            longest: tokens of its longest sequence.
+            again: whether layers keep their input only; one layer then has its inner activations at a time.
+        """
+        size, width = self.head.weight.element_size(), self.head.weight.shape[1]
+        inner = self._layers[0].up.frozen.weight.shape[0] + (2 * self._queries + 2 * self._keys) * self._size + width
+        scores = self._queries * longest if longest <= SHORT else 0
+        layer, count = (inner + width + scores) * size, len(self._layers)
+        work = 3 * inner * size  # gradients of one layer's activations while it goes back
+        return tokens * (work + (count * width * size + layer if again else count * layer))
+
+    def fit(self, budget_bytes: int, most: int) -> int:
+        """Sets from which pass on activations are computed again, so that a pass keeps at most so many bytes; gives the tokens of a pass, up to `most`.
+
+        Raises:
+            ConfigError: the budget is below what the shortest pass needs.
+        """
+        need = self.kept_bytes(FEWEST, FEWEST, again=True)
+        if need > budget_bytes:
+            raise ConfigError(f"activations_bytes is {budget_bytes}; a training pass of {FEWEST} tokens keeps {need} bytes at least. Raise it.")
+        fitting = [
+            tokens for tokens in range(FEWEST, max(most, FEWEST) + 1, FEWEST) if self.kept_bytes(tokens, min(tokens, SHORT), again=False) <= budget_bytes
+        ]
+        self.recompute_above = fitting[-1] if fitting else 0
+        return fitting[-1] if fitting else FEWEST
 
     @classmethod
-    def of(cls, model: nn.Module, head: str, slot: Slot, *, pack: bool) -> Decoder | None:
+    def of(cls, model: nn.Module, head: str, slot: Slot, *, pack: bool, walks: Walks) -> Decoder | None:
         """A decoder for the model, or None where it is of another family or has parts that are not covered."""
         config = model.config
         rope = getattr(config, "rope_parameters", None)
@@ -112,7 +148,7 @@ class Decoder:
         window = getattr(config, "use_sliding_window", getattr(config, "sliding_window", None))
         if not known or window or getattr(model.get_submodule(f"{head}.linear"), "bias", None) is not None:
             return None
-        return cls(model, head, slot, pack=pack)
+        return cls(model, head, slot, pack=pack, walks=walks)
 
     def _layer(self, layer: nn.Module, *, pack: bool) -> _Layer:
         def joint(*names: str) -> _Joint:
@@ -152,30 +188,27 @@ class Decoder:
         if places is None:
             places = torch.arange(earlier, earlier + length, device=ids.device)[None]
         x = functional.embedding(ids.flatten(), self._embedding)
-        cos, sin = (part[..., : self._size // 2].expand(rows, -1, -1).reshape(-1, 1, self._size // 2) for part in self._rotary(x, places))
+        cos, sin = (part[..., : self._size // 2].expand(rows, -1, -1).reshape(-1, 1, self._size // 2).contiguous() for part in self._rotary(x, places))
         active = self._slot.active
         seed = active.begin() if active is not None else 0
         if spans is None:
-            wide = mask.to(x.dtype) if mask is not None and mask.is_floating_point() else None
-            spans = [Span(0, rows, length, wide)]
-        elif x.dtype != torch.float32:
-            spans = [span if span.mask is None else replace(span, mask=span.mask.to(x.dtype)) for span in spans]
+            spans = [Span(0, rows, length, mask if mask is not None and mask.is_floating_point() else None)]
         if cache is not None:
             seen = _seen(mask, earlier, length, ids.device)
             whole = None if earlier else spans
             for index, layer in enumerate(self._layers):
-                rotation = Rotation(cos, sin, layer.heads, self._eps)
+                rotation = Rotation(cos, sin, self.walks, layer.heads, self._eps)
                 x = self._cached(layer, x, rotation, index=index, cache=cache, shape=ids.shape, spans=whole, seen=seen)
         else:
-            again = torch.is_grad_enabled() and x.shape[0] > RECOMPUTE_ABOVE
+            again = torch.is_grad_enabled() and x.shape[0] > self.recompute_above
             for layer in self._layers:
-                rotation = Rotation(cos, sin, layer.heads, self._eps)
+                rotation = Rotation(cos, sin, self.walks, layer.heads, self._eps)
                 x = (
                     checkpoint(self._whole, layer, x, rotation, spans, seed, use_reentrant=False, preserve_rng_state=False)
                     if again
                     else self._whole(layer, x, rotation, spans, seed)
                 )
-        return Norm.apply(x, self._norm, self._eps).view(rows, length, -1)  # type: ignore[no-untyped-call, no-any-return]
+        return Norm.apply(x, self._norm, self._eps, self.walks).view(rows, length, -1)  # type: ignore[no-untyped-call, no-any-return]
 
     # ----------------------------------------------------------------------------------------------------------- layers
     def _whole(self, layer: _Layer, x: Tensor, rotation: Rotation, spans: Sequence[Span], seed: int) -> Tensor:
@@ -211,17 +244,16 @@ class Decoder:
     def _times(self, joint: _Joint, x: Tensor, seed: int, *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         """(norm or gate →) matrix with the active adapter (+ residual)."""
         active = self._slot.active
-        step = Matmul(joint.frozen, norm=norm, eps=self._eps, gated=gated)
+        step = Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated)
         found = [(row, active.pairs[row[0]]) for row in joint.rows if row[0] in active.pairs] if active is not None else []
         if active is None or not found:
             return cast("Tensor", LoraMatmul.apply(x, residual, step)) if x.requires_grad else _plain(step, x, residual, None)  # type: ignore[no-untyped-call]
         if not torch.is_grad_enabled() and not active.drops:
             return _plain(step, x, residual, active.beside(joint.rows, joint.frozen.weight))
-        masks = [active.mask(seed, row[0], (x.shape[0], joint.frozen.weight.shape[1]), x.device) for row, _ in found]
-        step.parts = [Part(row[1], row[2], kept) for (row, _), kept in zip(found, masks, strict=True)]
-        step.scale = active.scale * active.raise_by
-        tensors = [tensor.to(x.dtype) for _, pair in found for tensor in pair]
-        return cast("Tensor", LoraMatmul.apply(x, residual, step, *tensors))  # type: ignore[no-untyped-call]
+        drop = active.drop(seed, joint.rows[0][0])
+        step.drops = [] if drop is None else [(slice(0, x.shape[0]), drop)]
+        step.parts = [Part(low, high, active.scale * active.raise_by) for (_, low, high), _ in found]
+        return cast("Tensor", LoraMatmul.apply(x, residual, step, *(tensor for _, pair in found for tensor in pair)))  # type: ignore[no-untyped-call]
 
 
 def _plain(step: Matmul, h: Tensor, residual: Tensor | None, pair: tuple[Tensor, Tensor] | None) -> Tensor:

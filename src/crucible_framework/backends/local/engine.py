@@ -24,7 +24,7 @@ from ...losses.apply import apply_loss, positions, some, spread, step_output, ta
 from ...protocols import Loss
 from ...records import Batch, Datum, StepOutput
 from .bases import Base
-from .layout import TOKENS_PER_SLICE, Pass, lay_out
+from .layout import Pass, lay_out
 from .lora import Active
 from .optim import first_not_finite
 
@@ -123,7 +123,7 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
         active = replace(active, adapter={name: tensor.detach().requires_grad_() for name, tensor in active.adapter.items()})
     generator = active.generator
     before = generator.get_state() if generator is not None else None
-    again = sum(one.tokens for one in work.passes) > TOKENS_PER_SLICE
+    again = sum(one.tokens for one in work.passes) > base.limit
     with base.slot.using(active):
         values = dict[int, Tensor]()
         with torch.set_grad_enabled(train and not again):

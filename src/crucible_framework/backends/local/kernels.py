@@ -1,8 +1,8 @@
 """The matrix steps that a decoder is made of, each with a backward pass of its own that keeps little.
 
 What frozen weights allow is used: no gradient of a weight, none below the first adapted layer, a norm or a gate is computed again
-instead of kept, and the matrices may be packed for oneDNN. Tokens stand in one dimension, [T, width]. This file does not know attention,
-models, layouts or adapters' names.
+instead of kept, and the matrices may be packed for oneDNN. Tokens stand in one dimension, [T, width]. Adapters stay fp32 and are rounded
+to the dtype of the base where they are used. This file does not know attention, models, layouts or adapters' names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Context", "Frozen", "LoraMatmul", "Matmul", "Norm", "Part", "can_pack", "gate", "norm_back", "normed", "target_scores"]
+from .walks import Drop, Walks
+
+__all__ = ["Context", "Frozen", "LoraMatmul", "Matmul", "Norm", "Part", "can_pack", "target_scores"]
 
 _PACK_ROWS = 8
 """From so many rows on the packed matrix is the faster one in fp32; one row reads the plain one at memory speed."""
@@ -81,55 +83,19 @@ def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cast("Tensor", torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
-# ------------------------------------------------------------------------------------------------------------ norm, gate
-def _exact(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def normed(h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Root-mean-square norm over the last dimension, and 1 / rms in fp32. Source: Zhang & Sennrich 2019, arXiv 1910.07467."""
-    wide = _exact(h)
-    r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-    return (wide * r).to(h.dtype).mul_(weight), r
-
-
-def norm_back(g: Tensor, h: Tensor, weight: Tensor, r: Tensor) -> Tensor:
-    """The gradient with respect to h; `g` may be overwritten."""
-    wide, x = _exact(g.mul_(weight)), _exact(h)
-    slope = torch.linalg.vecdot(wide, x)[..., None].mul_(r.pow(3)).div_(-h.shape[-1])
-    return (wide * r).addcmul_(x, slope).to(h.dtype)
-
-
-def gate(both: Tensor) -> Tensor:
-    """silu(a) · b of [T, 2 W] = (a, b). Source: Shazeer 2020, arXiv 2002.05202."""
-    a, b = both.chunk(2, -1)
-    return functional.silu(a).mul_(b)
-
-
-def _gate_back(g: Tensor, both: Tensor) -> Tensor:
-    """The gradient with respect to both halves; `g` is overwritten."""
-    a, b = both.chunk(2, -1)
-    result = torch.empty_like(both)
-    da, db = result.chunk(2, -1)
-    torch.mul(g, functional.silu(a), out=db)
-    torch.ops.aten.silu_backward.grad_input(g.mul_(b), a, grad_input=da)
-    return result
-
-
 # ---------------------------------------------------------------------------------------------------------- matmul + LoRA
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, frozen=True, eq=False)
 class Part:
-    """An adapter on some rows of a matrix: a pair of tensors A [rank, in] and B [rows, rank] belongs to it.
+    """An adapter on some rows of a matrix: a pair of tensors A [rank, in] and B [high − low, rank] belongs to it.
 
     Attributes:
         low, high: the output columns.
-        mask: bool [T, in], False where dropout zeroes the input; None without dropout.
+        scale: of A x: a number, or [T, rank] where every token has its own.
     """
 
     low: int
     high: int
-    mask: Tensor | None = None
+    scale: float | Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -138,16 +104,18 @@ class Matmul:
 
     Attributes:
         frozen: the matrix.
-        parts: the adapters, all with masks or all without.
-        scale: of the adapters, dropout's 1 / (1 − p) included.
+        walks: how elementwise work is done.
+        parts: the adapters.
+        drops: which rows of the adapters' input go through which dropout mask; those that are not named are kept.
         norm: weight of the norm before the matrix.
         eps: of the norm.
-        gated: the input is [T, 2 · in] and goes through `gate` first.
+        gated: the input is [T, 2 · in] and goes through a gate first.
     """
 
     frozen: Frozen
+    walks: Walks
     parts: Sequence[Part] = ()
-    scale: float = 1.0
+    drops: Sequence[tuple[slice, Drop]] = ()
     norm: Tensor | None = None
     eps: float = 0.0
     gated: bool = False
@@ -155,36 +123,43 @@ class Matmul:
     def enter(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the matrix reads, and 1 / rms where there is a norm."""
         if self.norm is not None:
-            return normed(h, self.norm, self.eps)
-        return (gate(h), None) if self.gated else (h, None)
+            return self.walks.norm(h, self.norm, self.eps)
+        return (self.walks.gate(h), None) if self.gated else (h, None)
 
     def leave(self, g: Tensor, h: Tensor, r: Tensor | None) -> Tensor:
         """The gradient with respect to h of that with respect to what `enter` gave."""
         if self.norm is not None and r is not None:
-            return norm_back(g, h, self.norm, r)
-        return _gate_back(g, h) if self.gated else g
+            return self.walks.norm_back(g, h, self.norm, r)
+        return self.walks.gate_back(g, h) if self.gated else g
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """What the adapters read."""
+        if not self.drops:
+            return x
+        if len(self.drops) == 1 and self.drops[0][0] == slice(0, x.shape[0]):
+            return self.walks.drop(x, self.drops[0][1])
+        y = x.clone()
+        for rows, drop in self.drops:
+            y[rows] = self.walks.drop(x[rows], drop)
+        return y
 
-def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else mask.to(x.dtype).mul_(x)
-
-
-def _joint(pairs: Sequence[Tensor]) -> Tensor:
-    """The A matrices above each other, so that one product serves all."""
-    return pairs[0] if len(pairs) == 2 else torch.cat(tuple(pairs[::2]))
-
-
-def _low_rank(step: Matmul, x: Tensor, pairs: Sequence[Tensor]) -> list[Tensor]:
-    """Per part A x [T, rank]."""
-    if step.parts[0].mask is None:
-        return list(torch.split(x @ _joint(pairs).t(), [a.shape[0] for a in pairs[::2]], dim=1))
-    return [_dropped(x, part.mask) @ a.t() for part, a in zip(step.parts, pairs[::2], strict=True)]
+    def add_dropped(self, y: Tensor, d: Tensor) -> None:
+        """Adds the gradient of what the adapters read to that of the input."""
+        if not self.drops:
+            y.add_(d)
+        done = 0
+        for rows, drop in self.drops:
+            y[done : rows.start].add_(d[done : rows.start])
+            self.walks.drop_add(y[rows], d[rows], drop)
+            done = rows.stop
+        if self.drops:
+            y[done:].add_(d[done:])
 
 
 class LoraMatmul(torch.autograd.Function):
-    """y = W x + b (+ residual), each part of y plus scale · B A x; x is `step.enter(h)`.
+    """y = W x + b (+ residual), each part of y plus B (scale · A x); x is `step.enter(h)`. Source: Hu et al. 2021, arXiv 2106.09685.
 
-    Called as `apply(h, residual, step, A, B, A, B, …)`. It keeps h, the products A x and the masks; the pairs are of h's dtype.
+    Called as `apply(h, residual, step, A, B, A, B, …)`. It keeps h and the products A x; the pairs may be of a wider dtype than h.
     """
 
     @staticmethod
@@ -192,93 +167,92 @@ class LoraMatmul(torch.autograd.Function):
         """See the class."""
         x, r = step.enter(h)
         y = step.frozen.times(x)
-        low = _low_rank(step, x, pairs) if pairs else []
-        for part, a, b in zip(step.parts, low, pairs[1::2], strict=bool(pairs)):
-            y[:, part.low : part.high].addmm_(a, b.t(), alpha=step.scale)
+        near = [pair.to(h.dtype) for pair in pairs]
+        low = list(torch.split(step.dropped(x) @ _stacked(near).t(), [a.shape[0] for a in near[::2]], dim=1)) if pairs else []
+        for place, (part, b) in enumerate(zip(step.parts, near[1::2], strict=bool(pairs))):
+            if isinstance(part.scale, Tensor):
+                low[place] = low[place] * part.scale
+            y[:, part.low : part.high].addmm_(low[place], b.t(), alpha=1.0 if isinstance(part.scale, Tensor) else part.scale)
         if residual is not None:
             y.add_(residual)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(h, *([] if r is None else [r]), *pairs, *low)
-            ctx.step, ctx.count = step, len(pairs)  # type: ignore[attr-defined]
+            ctx.save_for_backward(h, *([] if r is None else [r]), *near, *low)
+            ctx.step, ctx.dtypes = step, [pair.dtype for pair in pairs]  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of h, of the residual and of the pairs."""
-        (g,) = grad_outputs
-        step, count = cast("Matmul", ctx.step), cast("int", ctx.count)  # type: ignore[attr-defined]
+        g = grad_outputs[0].contiguous()
+        step, dtypes = cast("Matmul", ctx.step), cast("list[torch.dtype]", ctx.dtypes)  # type: ignore[attr-defined]
         h, *kept = ctx.saved_tensors
         r = kept.pop(0) if step.norm is not None else None
-        pairs, low = kept[:count], kept[count:]
+        pairs, low = kept[: len(dtypes)], kept[len(dtypes) :]
         wanted = ctx.needs_input_grad[0]
         dx = step.frozen.back(g) if wanted else None
-        found: list[Tensor | None] = []
+        found: list[Tensor] = []
         if pairs:
             x = step.enter(h)[0] if step.norm is not None or step.gated else h
             found = _pair_gradients(step, x, g, pairs=pairs, low=low, dx=dx)
         dh = step.leave(dx, h, r) if dx is not None else None
-        return dh, g if ctx.needs_input_grad[1] else None, None, *found
+        return dh, g if ctx.needs_input_grad[1] else None, None, *(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True))
 
 
-def _pair_gradients(step: Matmul, x: Tensor, g: Tensor, *, pairs: Sequence[Tensor], low: Sequence[Tensor], dx: Tensor | None) -> list[Tensor | None]:
+def _stacked(pairs: Sequence[Tensor]) -> Tensor:
+    """The A matrices above each other, so that one product serves all."""
+    return pairs[0] if len(pairs) == 2 else torch.cat(tuple(pairs[::2]))
+
+
+def _pair_gradients(step: Matmul, x: Tensor, g: Tensor, *, pairs: Sequence[Tensor], low: Sequence[Tensor], dx: Tensor | None) -> list[Tensor]:
     """The gradients of A, B, A, B, …; what comes through the adapters is added to `dx`."""
-    found: list[Tensor | None] = []
-    inner = list[Tensor]()
+    inner, second = list[Tensor](), list[Tensor]()
     for part, a, b in zip(step.parts, low, pairs[1::2], strict=True):
         mine = g[:, part.low : part.high]
-        inner.append((mine @ b).mul_(step.scale))
-        found += [None, (mine.t() @ a).mul_(step.scale)]
-    if step.parts[0].mask is None:
-        joined = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
-        found[::2] = torch.split(joined.t() @ x, [d.shape[1] for d in inner])
-        if dx is not None:
-            dx.addmm_(joined, _joint(pairs))
-        return found
-    for place, (part, d, a) in enumerate(zip(step.parts, inner, pairs[::2], strict=True)):
-        mask = cast("Tensor", part.mask).to(x.dtype)
-        found[2 * place] = d.t() @ (mask * x)
-        if dx is not None:
-            dx.addcmul_(d @ a, mask)
-    return found
+        inner.append((mine @ b).mul_(part.scale))
+        second.append(mine.t() @ a if isinstance(part.scale, Tensor) else (mine.t() @ a).mul_(part.scale))
+    joined = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
+    first = torch.split(joined.t() @ step.dropped(x), [d.shape[1] for d in inner])
+    if dx is not None and not step.drops:
+        dx.addmm_(joined, _stacked(pairs))
+    elif dx is not None:
+        step.add_dropped(dx, joined @ _stacked(pairs))
+    return [tensor for pair in zip(first, second, strict=True) for tensor in pair]
 
 
 # ------------------------------------------------------------------------------------------------------------------ head
 class Norm(torch.autograd.Function):
-    """The norm before the head; called as `apply(h, weight, eps)`."""
+    """The norm before the head; called as `apply(h, weight, eps, walks)`."""
 
     @staticmethod
-    def forward(ctx: Context, h: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Context, h: Tensor, weight: Tensor, eps: float, walks: Walks) -> Tensor:
         """See the class."""
-        y, r = normed(h, weight, eps)
+        y, r = walks.norm(h, weight, eps)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(h, weight, r)
+            ctx.walks = walks  # type: ignore[attr-defined]
         return y
 
     @staticmethod
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of h."""
-        (g,) = grad_outputs
         h, weight, r = ctx.saved_tensors
-        return norm_back(g.clone(), h, weight, r), None, None
+        walks = cast("Walks", ctx.walks)  # type: ignore[attr-defined]
+        return walks.norm_back(grad_outputs[0].contiguous(), h, weight, r), None, None, None
 
 
 class _TargetScores(torch.autograd.Function):
     """log p of one target per row. The gradient of a row's number is computed with it, so logits live for one chunk only."""
 
     @staticmethod
-    def forward(ctx: Context, h: Tensor, frozen: Frozen, targets: Tensor) -> Tensor:
+    def forward(ctx: Context, h: Tensor, frozen: Frozen, targets: Tensor, walks: Walks) -> Tensor:
         """See the class."""
         result = torch.empty(h.shape[0], dtype=torch.float32, device=h.device)
         slope = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for start in range(0, h.shape[0], _CHUNK):
             rows = slice(start, start + _CHUNK)
-            index = targets[rows, None]
-            z = frozen.times(h[rows]).float()
-            norm = z.logsumexp(-1, keepdim=True)
-            result[rows] = (z.gather(1, index) - norm)[:, 0]
+            result[rows], z = walks.score(frozen.times(h[rows]), targets[rows], slope=slope is not None)
             if slope is not None:
-                z.sub_(norm).exp_().neg_().scatter_add_(1, index, torch.ones_like(norm))
-                slope[rows] = frozen.back(z.to(h.dtype))
+                slope[rows] = frozen.back(z)
         if slope is not None:
             ctx.save_for_backward(slope)
         return result
@@ -288,10 +262,10 @@ class _TargetScores(torch.autograd.Function):
         """The gradient of h."""
         (g,) = grad_outputs
         (slope,) = ctx.saved_tensors
-        return slope * g[:, None].to(slope.dtype), None, None
+        return slope * g[:, None].to(slope.dtype), None, None, None
 
 
-def target_scores(hidden: Tensor, frozen: Frozen, targets: Tensor) -> Tensor:
+def target_scores(hidden: Tensor, frozen: Frozen, targets: Tensor, walks: Walks) -> Tensor:
     """log p fp32 [R] of targets [R] under the head on hidden states [R, H], in nats; never more than a chunk of logits exists."""
-    apply = cast("Callable[[Tensor, Frozen, Tensor], Tensor]", _TargetScores.apply)
-    return apply(hidden if torch.is_grad_enabled() else hidden.detach(), frozen, targets)
+    apply = cast("Callable[[Tensor, Frozen, Tensor, Walks], Tensor]", _TargetScores.apply)
+    return apply(hidden if torch.is_grad_enabled() else hidden.detach(), frozen, targets, walks)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .attention import Span
+from .walks import Span
 
 __all__ = ["TOKENS_PER_SLICE", "Pass", "lay_out", "padded", "slices"]
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import UnknownNameError
 from ...records import LoraConfig
+from .walks import STEPS, Drop
 
 __all__ = ["Active", "Adapter", "LoraLinear", "Slot", "init_adapter", "install", "layer_names", "tensor_shapes"]
 
@@ -36,8 +36,14 @@ def tensor_name(layer: str, part: str) -> str:
     return f"base_model.model.{layer}.lora_{part}.weight"
 
 
-_STEPS = 1 << 16
-"""A dropout mask compares 16 random bits per number, so the probability is a whole number of these steps."""
+TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+"""Layers that read the same input, by the last part of their name; the others read one of their own."""
+
+
+def _read_with(layer: str) -> str:
+    """One name for all layers that read the same input."""
+    parent, _, leaf = layer.rpartition(".")
+    return f"{parent}.{TOGETHER.get(leaf, leaf)}"
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +55,7 @@ class Active:
     Attributes:
         adapter: tensors by PEFT name.
         scale: alpha / rank.
-        dropout: probability with which an input of the adapter is zeroed, to 1 / 65,536; each layer has its own mask.
+        dropout: probability with which an input of the adapter is zeroed, to 1 / 65,536; layers that read the same input share a mask.
         generator: draws the seed of every pass; None: no dropout.
     """
 
@@ -76,11 +82,11 @@ class Active:
     @property
     def raise_by(self) -> float:
         """1 / (1 − p) with dropout, else 1: what is kept is raised by it."""
-        return _STEPS / (_STEPS - self._threshold) if self.drops else 1.0
+        return STEPS / (STEPS - self._threshold) if self.drops else 1.0
 
     @property
     def _threshold(self) -> int:
-        return min(round(self.dropout * _STEPS), _STEPS - 1)
+        return min(round(self.dropout * STEPS), STEPS - 1)
 
     def begin(self) -> int:
         """The seed of a new pass through the model."""
@@ -98,16 +104,9 @@ class Active:
         self._seen.add(layer)
         return self._seed
 
-    def mask(self, seed: int, layer: str, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """bool of the shape, False where an input of the layer's adapter is zeroed; None without dropout."""
-        if not self.drops:
-            return None
-        key = zlib.crc32(layer.encode())
-        if device.type != "cpu":
-            there = torch.Generator(device).manual_seed((seed ^ (key << 20)) & (2**63 - 1))
-            return torch.rand(shape, generator=there, device=device) >= self._threshold / _STEPS
-        raw = np.frombuffer(np.random.Generator(np.random.SFC64((seed, key))).bytes(2 * math.prod(shape)), dtype=np.uint16)
-        return torch.from_numpy(raw >= self._threshold).view(shape)
+    def drop(self, seed: int, layer: str) -> Drop | None:
+        """What is zeroed of a layer's input for its adapter; None without dropout. Layers that read the same input share it."""
+        return Drop(seed, zlib.crc32(_read_with(layer).encode()), self._threshold) if self.drops else None
 
     def beside(self, rows: Sequence[tuple[str, int, int]], weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """The adapters of layers that read the same input as one, without dropout: [in, ranks] and scaled [ranks, out], in the weight's dtype.
@@ -173,8 +172,8 @@ class LoraLinear(nn.Module):
             return result
         inputs = x.to(pair[0].dtype)
         if active.drops:
-            mask = active.mask(active.seed_of(self.name), self.name, tuple(x.shape), x.device)
-            inputs = inputs if mask is None else inputs * (mask * active.raise_by)
+            drop = active.drop(active.seed_of(self.name), self.name)
+            inputs = inputs if drop is None else inputs * (drop.kept(tuple(x.shape), x.device) * active.raise_by)
         return (result + functional.linear(functional.linear(inputs, pair[0]), pair[1]) * active.scale).to(result.dtype)
 
 
