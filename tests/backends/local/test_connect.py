@@ -66,7 +66,7 @@ def test_a_maker_may_take_any_option() -> None:
         ({"threads": 0}, "threads is 0; expected a whole number of at least 1"),
         ({"threads": True}, "threads is True"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
-        ({"engine": "warp"}, "engine is 'warp'; expected 'fast' or 'plain'"),
+        ({"engine": "warp"}, "engine is 'warp'; expected 'fast', 'torch' or 'plain'"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

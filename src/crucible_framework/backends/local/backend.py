@@ -59,11 +59,10 @@ class LocalBackend:
         device: "auto" takes a GPU where there is one.
         threads: that torch may use inside one operation; None: one per core, or as OMP_NUM_THREADS says. It applies to the process.
         cache: where `smollm2-135m` is kept; None: the user's cache folder.
-        engine: "fast" runs the Llama, Qwen2 and Qwen3 families through a decoder of our own, "plain" all through transformers' modules;
-            their numbers agree to rounding.
+        engine: "fast" runs the Llama, Qwen2 and Qwen3 families through a decoder of our own, with kernels that are compiled at first use where
+            there is a C++ compiler; "torch" leaves these out; "plain" runs all through transformers' modules. Their numbers agree to rounding.
         activations_bytes: what a training pass may keep beside the weights; batches go through the model in passes that fit, and a sequence that does
             not fit alone keeps little and computes the rest again. None: passes of 2,048 tokens.
-        native: whether "fast" may compile C++ kernels on first use, where there is a compiler; else, and elsewhere, torch does the same.
 
     Raises:
         ConfigError: an option is out of range, or there is no such device.
@@ -76,20 +75,19 @@ class LocalBackend:
         device: str = "auto",
         threads: int | None = None,
         cache: str | Path | None = None,
-        engine: Literal["fast", "plain"] = "fast",
-        native: bool = True,
+        engine: Literal["fast", "torch", "plain"] = "fast",
         activations_bytes: int | None = None,
     ) -> None:
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32' or 'bfloat16'.")
         if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
             raise ConfigError(f"threads is {threads!r}; expected a whole number of at least 1, or None.")
-        if engine not in ("fast", "plain"):
-            raise ConfigError(f"engine is {engine!r}; expected 'fast' or 'plain'.")
+        if engine not in ("fast", "torch", "plain"):
+            raise ConfigError(f"engine is {engine!r}; expected 'fast', 'torch' or 'plain'.")
         if activations_bytes is not None and (not isinstance(activations_bytes, int) or isinstance(activations_bytes, bool) or activations_bytes < 1):
             raise ConfigError(f"activations_bytes is {activations_bytes!r}; expected a whole number of bytes, or None.")
-        self._engine: Literal["fast", "plain"] = engine
-        self._native, self._activations_bytes = native, activations_bytes
+        self._engine: Literal["fast", "torch", "plain"] = engine
+        self._activations_bytes = activations_bytes
         self._device = _device(device)
         self._dtype = None if dtype == "auto" else getattr(torch, dtype)
         self._cache = Path(cache) if cache is not None else places().cache
@@ -218,7 +216,6 @@ class LocalBackend:
                     dtype=self._dtype,
                     device=self._device,
                     engine=self._engine,
-                    native=self._native,
                     activations_bytes=self._activations_bytes,
                 )
             return self._bases[name]

@@ -293,8 +293,7 @@ def load_base(
     cache: Path,
     dtype: torch.dtype | None,
     device: torch.device,
-    engine: Literal["fast", "plain"] = "fast",
-    native: bool = True,
+    engine: Literal["fast", "torch", "plain"] = "fast",
     activations_bytes: int | None = None,
 ) -> Base:
     """Loads a base model and freezes it.
@@ -304,8 +303,7 @@ def load_base(
         cache: where `smollm2-135m` is kept once converted.
         dtype: of the weights; None: bfloat16 on a GPU and, for models of `SMALL` weights and more, on a processor that is fast at it; else float32.
         device: where they are put.
-        engine: "fast" takes our own decoder for the families that it covers.
-        native: whether our own decoder may compile C++ for this processor.
+        engine: "fast" and "torch" take our own decoder for the families that it covers, "fast" with C++ that is compiled for this processor.
         activations_bytes: what a training pass may keep beside the weights; None: 2,048 tokens, whatever they take.
 
     Raises:
@@ -328,8 +326,8 @@ def load_base(
         head = _head_name(model, name)
         _probe(model, head, name, device)
         slot, layers = install(model)
-        walks = Walks(cache / "native" if native and device.type == "cpu" else None)
-        decoder = Decoder.of(model, head, slot, pack=room_to_pack(layers, kind), walks=walks) if engine == "fast" else None
+        walks = Walks(cache / "native" if engine == "fast" and device.type == "cpu" else None)
+        decoder = Decoder.of(model, head, slot, pack=room_to_pack(layers, kind), walks=walks) if engine != "plain" else None
         config, limit = cast("_Config", model.config), TOKENS_PER_SLICE
         if activations_bytes is not None:
             if decoder is None:
@@ -337,7 +335,7 @@ def load_base(
             limit = decoder.fit(activations_bytes, TOKENS_PER_SLICE)
         context = int(getattr(config, "max_position_embeddings", 0) or TINY_CONTEXT)
         opened.set(parameters=sum(p.numel() for p in model.parameters()), dtype=str(kind).removeprefix("torch."))
-        opened.set(engine="plain" if decoder is None else "fast", native=decoder is not None and walks.compiled)
+        opened.set(engine="plain" if decoder is None else "fast" if walks.compiled else "torch")
         return Base(
             name=name,
             source=source,
