@@ -135,7 +135,7 @@ class Base:
 
     @property
     def _adapted_head(self) -> bool:
-        return self.slot.active is not None and self.head in self.slot.active.pairs
+        return self.slot.names(self.head)
 
 
 def _hidden(model: nn.Module, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import ConfigError
 from .attention import SHORT, Attention, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
-from .lora import LoraLinear, Slot
+from .lora import LoraLinear, Mixed, Slot
 from .walks import Span, Walks
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ class Decoder:
         x = functional.embedding(ids.flatten(), self._embedding)
         cos, sin = (part[..., : self._size // 2].expand(rows, -1, -1).reshape(-1, 1, self._size // 2).contiguous() for part in self._rotary(x, places))
         active = self._slot.active
-        seed = active.begin() if active is not None else 0
+        every = [one for one, _, _ in active.groups] if isinstance(active, Mixed) else [active]
+        seeds = [0 if one is None else one.begin() for one in every]
         if spans is None:
             spans = [Span(0, rows, length, mask if mask is not None and mask.is_floating_point() else None)]
         if cache is not None:
@@ -204,28 +205,28 @@ class Decoder:
             for layer in self._layers:
                 rotation = Rotation(cos, sin, self.walks, layer.heads, self._eps)
                 x = (
-                    checkpoint(self._whole, layer, x, rotation, spans, seed, use_reentrant=False, preserve_rng_state=False)
+                    checkpoint(self._whole, layer, x, rotation, spans, seeds, use_reentrant=False, preserve_rng_state=False)
                     if again
-                    else self._whole(layer, x, rotation, spans, seed)
+                    else self._whole(layer, x, rotation, spans, seeds)
                 )
         return Norm.apply(x, self._norm, self._eps, self.walks).view(rows, length, -1)  # type: ignore[no-untyped-call, no-any-return]
 
     # ----------------------------------------------------------------------------------------------------------- layers
-    def _whole(self, layer: _Layer, x: Tensor, rotation: Rotation, spans: Sequence[Span], seed: int) -> Tensor:
+    def _whole(self, layer: _Layer, x: Tensor, rotation: Rotation, spans: Sequence[Span], seeds: Sequence[int]) -> Tensor:
         """A layer over whole sequences."""
-        qkv = self._times(layer.qkv, x, seed, norm=layer.before).view(x.shape[0], -1, self._size)
+        qkv = self._times(layer.qkv, x, seeds, norm=layer.before).view(x.shape[0], -1, self._size)
         o = cast("Tensor", Attention.apply(qkv, self._queries, rotation, spans))  # type: ignore[no-untyped-call]
-        return self._mlp(layer, self._times(layer.out, o.flatten(1), seed, residual=x), seed)
+        return self._mlp(layer, self._times(layer.out, o.flatten(1), seeds, residual=x), seeds)
 
-    def _mlp(self, layer: _Layer, x: Tensor, seed: int) -> Tensor:
-        both = self._times(layer.up, x, seed, norm=layer.between)
-        return self._times(layer.down, both, seed, residual=x, gated=True)
+    def _mlp(self, layer: _Layer, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        both = self._times(layer.up, x, seeds, norm=layer.between)
+        return self._times(layer.down, both, seeds, residual=x, gated=True)
 
     def _cached(
         self, layer: _Layer, x: Tensor, rotation: Rotation, *, index: int, cache: Cache, shape: torch.Size, spans: Sequence[Span] | None, seen: Tensor | None
     ) -> Tensor:
         """A layer over new tokens, whose keys and values the cache takes."""
-        qkv = self._times(layer.qkv, x, 0, norm=layer.before).view(x.shape[0], -1, self._size)
+        qkv = self._times(layer.qkv, x, (), norm=layer.before).view(x.shape[0], -1, self._size)
         if spans is not None:
             o = cast("Tensor", Attention.apply(qkv, self._queries, rotation, spans))  # type: ignore[no-untyped-call]  # rotates qkv in place
             _, k, v = self._split(qkv, shape)
@@ -235,25 +236,33 @@ class Decoder:
             q, k, v = self._split(qkv, shape)
             keys, values = cache.update(k, v, index)
             o = attend(q, keys, values, seen).transpose(1, 2).flatten(0, 1)
-        return self._mlp(layer, self._times(layer.out, o.flatten(1), 0, residual=x), 0)
+        return self._mlp(layer, self._times(layer.out, o.flatten(1), (), residual=x), ())
 
     def _split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
         """Packed heads as queries, keys and values [B, heads, L, D]."""
         return torch.split(torch.unflatten(qkv, 0, shape).transpose(1, 2), [self._queries, self._keys, self._keys], dim=1)
 
-    def _times(self, joint: _Joint, x: Tensor, seed: int, *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False) -> Tensor:
-        """(norm or gate →) matrix with the active adapter (+ residual)."""
-        active = self._slot.active
+    def _times(
+        self, joint: _Joint, x: Tensor, seeds: Sequence[int], *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
+    ) -> Tensor:
+        """(norm or gate →) matrix with the active adapters (+ residual); one seed per adapter where there is dropout."""
+        active, tokens = self._slot.active, x.shape[0]
         step = Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated)
-        found = [(row, active.pairs[row[0]]) for row in joint.rows if row[0] in active.pairs] if active is not None else []
-        if active is None or not found:
+        if isinstance(active, Mixed):
+            found = [(low, high, pair) for name, low, high in joint.rows if (pair := active.joined(name, tokens, x.dtype)) is not None]
+            groups = active.groups
+        else:
+            rows = [] if active is None else [(low, high, active.pairs[name]) for name, low, high in joint.rows if name in active.pairs]
+            if active is not None and rows and not torch.is_grad_enabled() and not active.drops:
+                return _plain(step, x, residual, active.beside(joint.rows, joint.frozen.weight))
+            found = [(low, high, (a, b, active.scale * active.raise_by)) for low, high, (a, b) in rows] if active is not None else []
+            groups = ((active, 0, tokens),)
+        if not found:
             return cast("Tensor", LoraMatmul.apply(x, residual, step)) if x.requires_grad else _plain(step, x, residual, None)  # type: ignore[no-untyped-call]
-        if not torch.is_grad_enabled() and not active.drops:
-            return _plain(step, x, residual, active.beside(joint.rows, joint.frozen.weight))
-        drop = active.drop(seed, joint.rows[0][0])
-        step.drops = [] if drop is None else [(slice(0, x.shape[0]), drop)]
-        step.parts = [Part(low, high, active.scale * active.raise_by) for (_, low, high), _ in found]
-        return cast("Tensor", LoraMatmul.apply(x, residual, step, *(tensor for _, pair in found for tensor in pair)))  # type: ignore[no-untyped-call]
+        step.parts = [Part(low, high, scale) for low, high, (_, _, scale) in found]
+        drops = [(slice(low, high), one.drop(seed, joint.rows[0][0])) for (one, low, high), seed in zip(groups, seeds, strict=False) if one is not None]
+        step.drops = [(rows_of, drop) for rows_of, drop in drops if drop is not None]
+        return cast("Tensor", LoraMatmul.apply(x, residual, step, *(tensor for _, _, (a, b, _) in found for tensor in (a, b))))  # type: ignore[no-untyped-call]
 
 
 def _plain(step: Matmul, h: Tensor, residual: Tensor | None, pair: tuple[Tensor, Tensor] | None) -> Tensor:

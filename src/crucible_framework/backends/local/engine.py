@@ -3,7 +3,7 @@
 Sequences go through the model together as `layout` says, with the numbers of each sequence alone. The head is computed only at positions
 whose weight is not zero, and with our own decoder never for more than some rows at a time. The loss sees detached log-probs of the whole
 batch once; its gradient with respect to them then goes back through the model, in one pass for small batches, and for large ones by a
-second pass with the same dropout masks, so that memory does not grow with the batch.
+second pass with the same dropout masks, so that memory does not grow with the batch. Small batches of several adapters can share one pass.
 
 This file does not know sessions, optimizers or files. With transformers' modules, or where a loss needs logits or several targets per
 position, one slice holds [rows, vocabulary] logits in fp32.
@@ -24,11 +24,14 @@ from ...losses.apply import apply_loss, positions, some, spread, step_output, ta
 from ...protocols import Loss
 from ...records import Batch, Datum, StepOutput
 from .bases import Base
-from .layout import Pass, lay_out
-from .lora import Active
+from .layout import Pass, joined, lay_out
+from .lora import Active, Mixed
 from .optim import first_not_finite
 
-__all__ = ["check_tokens", "completion_logprobs", "evaluate"]
+__all__ = ["FEW", "Asked", "check_tokens", "completion_logprobs", "evaluate", "evaluate_together", "few"]
+
+FEW = 100
+"""Tokens of a batch up to which sharing a pass with others is faster than going alone: larger ones fill the processor by themselves."""
 
 
 def check_tokens(base: Base, tokens: Sequence[int] | NDArray[np.int32], whose: str, fix: str) -> None:
@@ -137,12 +140,104 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
                 generator.set_state(before)  # the second pass draws the masks of the first
             with torch.enable_grad():
                 gradients = _gradients(work, values, applied.gradients, active.adapter, again=again)
-    if (bad := first_not_finite(gradients)) is not None:
-        message = f"The gradient of {bad!r} is not finite on examples {some(batch.ids)}; expected finite numbers. "
-        raise NumericError(message + "The weights were not touched: look at these examples and at the loss.", tensor=bad, examples=batch.ids)
+    _refuse_not_finite(gradients, batch)
     if work.logits:
         inputs = [target_logprobs(logits, work.targets(i)) for i, logits in enumerate(inputs)]
     return step_output(batch.data, applied, inputs), gradients
+
+
+def _refuse_not_finite(gradients: Mapping[str, Tensor], batch: Batch) -> None:
+    if (bad := first_not_finite(gradients)) is not None:
+        message = f"The gradient of {bad!r} is not finite on examples {some(batch.ids)}; expected finite numbers. "
+        raise NumericError(message + "The weights were not touched: look at these examples and at the loss.", tensor=bad, examples=batch.ids)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Asked:
+    """A batch with the adapter that it trains."""
+
+    batch: Batch
+    loss: Loss
+    active: Active
+
+
+def few(base: Base, asked: Asked) -> bool:
+    """Whether the batch may share a pass: it is small, goes through our own decoder, and needs one log-prob per position of the base's own head."""
+    small = base.decoder is not None and 0 < asked.batch.tokens <= FEW and base.head not in asked.active.pairs
+    return small and asked.loss.needs == "logprobs" and all(datum.targets.ndim == 1 for datum in asked.batch.data)
+
+
+def evaluate_together(base: Base, asked: Sequence[Asked]) -> list[tuple[StepOutput, dict[str, Tensor]] | Exception]:
+    """What `evaluate` gives with `train` for each of several small batches, in one pass; one that fails gives its error and harms no other.
+
+    Gradients are those of the batches alone up to rounding, dropout masks the same. Each is `few`, and each has an adapter of its own.
+    """
+    found: dict[int, tuple[StepOutput, dict[str, Tensor]] | Exception] = {}
+    works = dict[int, _Work]()
+    for place, one in enumerate(asked):
+        try:
+            works[place] = _prepare(base, one.batch, one.loss)
+        except Exception as error:
+            found[place] = error
+    alone = [place for place, work in works.items() if len(work.passes) != 1]
+    for place in [*alone, *([*works] if len(works) - len(alone) == 1 else [])]:  # no token trains, or nobody is left to share with
+        if works.pop(place, None) is not None:
+            found[place] = _tried(base, asked[place])
+    if works:
+        found |= _shared(base, {place: (works[place], asked[place]) for place in works})
+    return [found[place] for place in range(len(asked))]
+
+
+def _tried(base: Base, asked: Asked) -> tuple[StepOutput, dict[str, Tensor]] | Exception:
+    try:
+        return evaluate(base, asked.batch, asked.loss, asked.active, train=True)
+    except Exception as error:
+        return error
+
+
+def _shared(base: Base, given: Mapping[int, tuple[_Work, Asked]]) -> dict[int, tuple[StepOutput, dict[str, Tensor]] | Exception]:
+    """Batches of one pass each, through the model in one."""
+    actives = {
+        place: replace(asked.active, adapter={name: tensor.detach().requires_grad_() for name, tensor in asked.active.adapter.items()})
+        for place, (_, asked) in given.items()
+    }
+    whole, starts = joined([work.passes[0] for work, _ in given.values()])
+    ends = [*starts[1:], whole.tokens]
+    mixed = Mixed(tuple((actives[place], low, high) for place, low, high in zip(given, starts, ends, strict=True)))
+    rows, targets, sizes = list[NDArray[np.int64]](), list[Tensor](), list[int]()
+    for (work, _), start in zip(given.values(), starts, strict=True):
+        one = work.passes[0]
+        mine = [places[work.rows[i]] + start for i, places in zip(one.members, one.where, strict=True)]
+        rows += mine
+        targets += [work.targets(i) for i in one.members]
+        sizes.append(sum(map(len, mine)))
+    found: dict[int, tuple[StepOutput, dict[str, Tensor]] | Exception] = {}
+    with base.slot.using(mixed), torch.enable_grad():
+        hidden = base.read(whole)[torch.from_numpy(np.concatenate(rows)).to(base.device)]
+        scores = base.target_logprobs(hidden, torch.cat(targets))
+        upstream, outputs = list[Tensor](), dict[int, StepOutput]()
+        for (place, (work, asked)), part in zip(given.items(), torch.split(scores, sizes), strict=True):
+            values = dict(zip(work.passes[0].members, torch.split(part, [len(work.rows[i]) for i in work.passes[0].members]), strict=True))
+            inputs = work.whole(values)
+            try:
+                applied = apply_loss(asked.loss, asked.batch.data, inputs, grad=True)
+            except Exception as error:
+                found[place] = error
+                upstream.append(torch.zeros_like(part))
+            else:
+                outputs[place] = step_output(asked.batch.data, applied, inputs)
+                upstream.append(torch.cat([applied.gradients[i][work.index(i)] for i in values]))
+        leaves = [tensor for active in actives.values() for tensor in active.adapter.values()]
+        gradients = iter(torch.autograd.grad(scores, leaves, torch.cat(upstream), allow_unused=True))
+    for place, active in actives.items():
+        mine = {name: torch.zeros_like(tensor, requires_grad=False) if (g := next(gradients)) is None else g for name, tensor in active.adapter.items()}
+        if place in outputs:
+            try:
+                _refuse_not_finite(mine, given[place][1].batch)
+                found[place] = outputs[place], mine
+            except NumericError as error:
+                found[place] = error
+    return found
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ with dropout the start has one mask for all. This file does not know losses or m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .walks import Span
 
-__all__ = ["TOKENS_PER_SLICE", "Pass", "lay_out", "padded", "slices"]
+__all__ = ["TOKENS_PER_SLICE", "Pass", "joined", "lay_out", "padded", "slices"]
 
 TOKENS_PER_SLICE = 2048
 """Tokens, padding included, that go through the model together, and tokens of a batch above which the gradient takes a second pass."""
@@ -98,6 +98,14 @@ def lay_out(sequences: Sequence[Tokens], device: torch.device, *, share: bool, p
         where = tuple(np.arange(len(arrays[i]), dtype=np.int64) + place * ids.shape[1] for place, i in enumerate(members))
         passes.append(Pass(members, ids, where))
     return passes
+
+
+def joined(passes: Sequence[Pass]) -> tuple[Pass, list[int]]:
+    """Packed passes behind each other as one, which numbers no members, and where each begins."""
+    starts = [sum(one.tokens for one in passes[:place]) for place in range(len(passes))]
+    spans = tuple(replace(span, start=span.start + start) for one, start in zip(passes, starts, strict=True) for span in one.spans or ())
+    ids, places = (torch.cat([part for part in parts if part is not None], dim=1) for parts in ([one.ids for one in passes], [one.places for one in passes]))
+    return Pass((), ids, (), None, places, spans), starts
 
 
 def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:

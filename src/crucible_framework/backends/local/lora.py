@@ -21,7 +21,7 @@ from ...errors import UnknownNameError
 from ...records import LoraConfig
 from .walks import STEPS, Drop
 
-__all__ = ["Active", "Adapter", "LoraLinear", "Slot", "init_adapter", "install", "layer_names", "tensor_shapes"]
+__all__ = ["Active", "Adapter", "LoraLinear", "Mixed", "Slot", "init_adapter", "install", "layer_names", "tensor_shapes"]
 
 Adapter = dict[str, Tensor]
 """fp32 tensors by PEFT name: `….lora_A.weight` of shape [rank, in] and `….lora_B.weight` of shape [out, rank]."""
@@ -130,16 +130,47 @@ class Active:
         return self._joined[name]
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class Mixed:
+    """Several adapters in one pass: `groups` says which rows, from one to before another, use which."""
+
+    groups: tuple[tuple[Active | None, int, int], ...]
+    _scales: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
+
+    def joined(self, layer: str, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The adapters of a layer as one: A [ranks, in], B [out, ranks], and the scale of A x, [tokens, ranks], 0 where a row is not the adapter's."""
+        members = [(place, one) for place, (one, _, _) in enumerate(self.groups) if one is not None and layer in one.pairs]
+        if not members:
+            return None
+        pairs = [one.pairs[layer] for _, one in members]
+        key = tuple(place for place, _ in members)
+        if key not in self._scales:  # all layers that a set of adapters has share it
+            scale, first = pairs[0][0].new_zeros((tokens, sum(a.shape[0] for a, _ in pairs)), dtype=dtype), 0
+            for (place, one), (a, _) in zip(members, pairs, strict=True):
+                scale[self.groups[place][1] : self.groups[place][2], first : first + a.shape[0]] = one.scale * one.raise_by
+                first += a.shape[0]
+            self._scales[key] = scale
+        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1), self._scales[key]
+
+    def names(self, layer: str) -> bool:
+        """Whether any of them adapts the layer."""
+        return any(active is not None and layer in active.pairs for active, _, _ in self.groups)
+
+
 class Slot:
     """Which adapter the layers of one base use now; None is the base itself. Only the engine's thread sets it."""
 
     __slots__ = ("active",)
 
     def __init__(self) -> None:
-        self.active: Active | None = None
+        self.active: Active | Mixed | None = None
+
+    def names(self, layer: str) -> bool:
+        """Whether what is active adapts the layer."""
+        return self.active.names(layer) if isinstance(self.active, Mixed) else self.active is not None and layer in self.active.pairs
 
     @contextmanager
-    def using(self, active: Active | None) -> Iterator[None]:
+    def using(self, active: Active | Mixed | None) -> Iterator[None]:
         """The adapter is active for the block."""
         before, self.active = self.active, active
         try:
@@ -167,6 +198,11 @@ class LoraLinear(nn.Module):
         """[…, in] → […, out], in the dtype of the base."""
         result = functional.linear(x, self.linear.weight, self.linear.bias)
         active = self.slot.active
+        if isinstance(active, Mixed):
+            for one, low, high in active.groups:
+                if one is not None and (mine := one.pairs.get(self.name)) is not None:
+                    result[low:high] += (functional.linear(functional.linear(x[low:high].to(mine[0].dtype), mine[0]), mine[1]) * one.scale).to(result.dtype)
+            return result
         pair = active.pairs.get(self.name) if active is not None else None
         if active is None or pair is None:
             return result
