@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from crucible_framework.backends.local.lora import Active, init_adapter, layer_n
 from crucible_framework.errors import DataError, NumericError
 from crucible_framework.losses import resolve
 from crucible_framework.protocols import Loss
-from crucible_framework.records import Batch, LoraConfig
+from crucible_framework.records import Batch, Datum, LoraConfig
 
 from .models_for_tests import CE, batch, make_qwen
 
@@ -68,7 +69,7 @@ def test_each_has_the_numbers_that_it_has_alone(base: Base, dropout: float) -> N
 
 
 def test_one_that_fails_harms_no_other(base: Base) -> None:
-    def bad(data: object, logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def bad(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         del data
         return sum((part.sum() for part in logprobs), torch.zeros(())) * float("nan"), {}
 

@@ -248,6 +248,7 @@ class Decoder:
         """(norm or gate →) matrix with the active adapters (+ residual); one seed per adapter where there is dropout."""
         active, tokens = self._slot.active, x.shape[0]
         step = Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated)
+        found: Sequence[tuple[int, int, tuple[Tensor, Tensor, Tensor | float]]]
         if isinstance(active, Mixed):
             found = [(low, high, pair) for name, low, high in joint.rows if (pair := active.joined(name, tokens, x.dtype)) is not None]
             groups = active.groups

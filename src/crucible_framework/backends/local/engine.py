@@ -230,11 +230,11 @@ def _shared(base: Base, given: Mapping[int, tuple[_Work, Asked]]) -> dict[int, t
         leaves = [tensor for active in actives.values() for tensor in active.adapter.values()]
         gradients = iter(torch.autograd.grad(scores, leaves, torch.cat(upstream), allow_unused=True))
     for place, active in actives.items():
-        mine = {name: torch.zeros_like(tensor, requires_grad=False) if (g := next(gradients)) is None else g for name, tensor in active.adapter.items()}
+        own = {name: torch.zeros_like(tensor, requires_grad=False) if (g := next(gradients)) is None else g for name, tensor in active.adapter.items()}
         if place in outputs:
             try:
-                _refuse_not_finite(mine, given[place][1].batch)
-                found[place] = outputs[place], mine
+                _refuse_not_finite(own, given[place][1].batch)
+                found[place] = outputs[place], own
             except NumericError as error:
                 found[place] = error
     return found
