@@ -62,7 +62,7 @@ def test_a_maker_may_take_any_option() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "float8"}, "dtype is 'float8'; expected 'auto', 'float32' or 'bfloat16'"),
+        ({"dtype": "float8"}, "dtype is 'float8'; expected 'auto', 'float32', 'bfloat16' or 'int8'"),
         ({"threads": 0}, "threads is 0; expected a whole number of at least 1"),
         ({"threads": True}, "threads is True"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),

@@ -15,7 +15,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Confi
 
 from crucible_framework.backends.local import engine, kernels, layout
 from crucible_framework.backends.local.bases import Base, load_base
-from crucible_framework.backends.local.kv import Shared, pasts_of
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.walks import STEPS, Drop, Walks
 from crucible_framework.errors import ConfigError
@@ -156,13 +155,7 @@ def test_masks_places_and_caches(pair: tuple[Base, Base]) -> None:
             outputs.append(base.hidden(ids))
             cache = DynamicCache()
             outputs.append(base.hidden(ids[:, :8], cache))
-            pasts = pasts_of(cache, [np.arange(n) + 8 * row for row, n in enumerate((8, 5, 3))])
             outputs.append(base.hidden(ids[:, 8:], cache))
-            shared = Shared.of(pasts, 4)
-            for column in range(3):
-                mask = None if shared.mask is None else shared.mask[:, : shared.width + 1]
-                outputs.append(base.hidden(ids[:, column : column + 1], shared.cache, mask=mask, places=shared.lengths))
-                shared.advance()
             seen = torch.ones(14, 14).tril()
             seen[7:, 2:5] = 0
             outputs.append(base.hidden(ids[:1], mask=torch.where(seen > 0, 0.0, torch.finfo(torch.float32).min)[None, None], places=torch.arange(14)[None] + 3))

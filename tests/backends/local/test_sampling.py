@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from crucible_framework import events
-from crucible_framework.backends.local import LocalBackend, sampling
-from crucible_framework.backends.local.kv import Past, Shared
+from crucible_framework.backends.local import LocalBackend, compiled, drawing, sampling, steps
+from crucible_framework.backends.local.kv import Pages
 from crucible_framework.backends.local.session import LocalSession
 from crucible_framework.errors import ConfigError, CrucibleError, DataError, NumericError
 from crucible_framework.protocols import Sampler
@@ -31,22 +31,27 @@ PROMPTS: tuple[Prompt, ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=["tiny", "qwen"])
+@pytest.fixture(scope="module", params=[("tiny", "fast"), ("qwen", "fast"), ("qwen", "torch"), ("qwen", "plain")], ids="-".join)
 def session(request: pytest.FixtureRequest, shared: LocalBackend, qwen: Path) -> Iterator[LocalSession]:
-    """A session whose adapter is far from zero."""
-    opened = shared.train("tiny" if request.param == "tiny" else str(qwen), LoraConfig(rank=4, target_modules=("all-linear",), dropout=0.0))
+    """A session whose adapter is far from zero, on each way of computing a step."""
+    model, engine = request.param
+    backend = shared if engine == "fast" else LocalBackend(threads=1, engine=engine)
+    opened = backend.train("tiny" if model == "tiny" else str(qwen), LoraConfig(rank=4, target_modules=("all-linear",), dropout=0.0))
     for step in range(3):
         opened.forward_backward(batch(9, 12, seed=step), CE)
         opened.optim_step(AdamConfig(lr=0.03))
     yield opened
     opened.close()
+    if engine != "fast":
+        backend.close()
 
 
 @pytest.fixture
-def held(shared: LocalBackend) -> Iterator[Callable[[], None]]:
+def held(request: pytest.FixtureRequest, shared: LocalBackend) -> Iterator[Callable[[], None]]:
     """The engine waits until the function is called, so that requests pile up."""
     gate = threading.Event()
-    shared.submit(gate.wait, 30)
+    backend = request.getfixturevalue("session")._engine if "session" in request.fixturenames else shared
+    backend.submit(gate.wait, 30)
     yield gate.set
     gate.set()
 
@@ -95,8 +100,7 @@ def test_greedy_is_the_argmax_of_the_whole_pass(session: LocalSession) -> None:
     assert session._engine.submit(whole).result() == list(done.tokens)
 
 
-def test_same_seed_same_samples_whoever_shares_the_batch(session: LocalSession, held: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "ROOM", 3)  # so that buffers are made anew on the way
+def test_same_seed_same_samples_whoever_shares_the_batch(session: LocalSession, held: Callable[[], None]) -> None:
     sampler = session.sampler()
     params = [SamplingParams(max_tokens=4 + 3 * i, seed=i, temperature=(1.0, 0.7, 0.0)[i % 3], top_k=(0, 5)[i % 2]) for i in range(len(PROMPTS))]
     futures = [sampler.sample(prompt, p, n=1 + i % 3) for i, (prompt, p) in enumerate(zip(PROMPTS, params, strict=True))]
@@ -113,52 +117,149 @@ def test_samples_differ_within_a_request(session: LocalSession) -> None:
     assert len({completion.tokens for completion in done}) == 4
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(3, 32768), (32, 60)])
-def test_more_samples_than_places(session: LocalSession, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
-    sampler, params = session.sampler(), SamplingParams(max_tokens=6, seed=8)
-    expected = sampler.sample("hello", params, n=8).result()
-    monkeypatch.setattr(sampling, "ROWS", rows)
-    monkeypatch.setattr(sampling, "COLUMNS", columns)
-    monkeypatch.setattr(sampling, "ROOM", 2)
+@pytest.mark.parametrize(("rows", "tokens"), [(3, 32768), (32, 64), (32, 16)])
+def test_more_samples_than_there_is_room_for(session: LocalSession, monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int) -> None:
+    """With few places they wait; with little memory the youngest give theirs back and are read again."""
+    sampler, params = session.sampler(), SamplingParams(max_tokens=24, seed=8, temperature=3.0)
+    expected = sampler.sample("hello", params, n=8).result(), sampler.sample("other text", params, n=2).result()
+    monkeypatch.setattr(drawing, "ROWS", rows)
+    monkeypatch.setattr(drawing, "TOKENS", tokens)
+    fresh(session)
+    let_go = hold(session)
     futures = [sampler.sample("hello", params, n=8), sampler.sample("other text", params, n=2)]
-    found = [future.result() for future in futures]
-    assert all(same(one, two) for one, two in zip(found[0], expected, strict=True))
-    assert len(found[1]) == 2
+    let_go()
+    for future, before in zip(futures, expected, strict=True):
+        assert all(same(one, two) for one, two in zip(future.result(), before, strict=True))
+    (batch,) = batches(session)
+    assert batch._pages.used == 0
+    assert batch._pages.tensor.shape[1] <= max(-(-tokens // 16), 8)  # one sample alone may go beyond
+    fresh(session)
 
 
-def test_requests_share_passes(session: LocalSession, held: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    steps, step = list[int](), sampling._Batch._step
+def hold(session: LocalSession) -> Callable[[], None]:
+    """The engine waits until the result is called, so that requests pile up."""
+    gate = threading.Event()
+    session._engine.submit(gate.wait, 30)
+    return gate.set
 
-    def counted(self: sampling._Batch) -> None:
-        steps.append(len(self._rows))
-        step(self)
 
-    monkeypatch.setattr(sampling._Batch, "_step", counted)
-    sampler = session.sampler()
+def fresh(session: LocalSession) -> None:
+    """The session's backend forgets its batches, whose sizes were read when they were made."""
+    service(session)._lanes.clear()
+
+
+def service(session: LocalSession) -> sampling.Sampling:
+    return session._engine._queue._stepwise  # type: ignore[attr-defined, no-any-return]
+
+
+def batches(session: LocalSession) -> list[drawing.Batch]:
+    return [lane for (base, _), lane in service(session)._lanes.items() if isinstance(lane, drawing.Batch) and base == id(session.base)]
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None] = lambda: None) -> list[list[int]]:
+    """Per step, how many tokens of each sample are computed."""
+    found = list[list[int]]()
+    for kind in (compiled.NativeSteps, steps.TorchSteps):
+
+        def logits(self: steps.Steps, chunks: Sequence[steps.Chunk], pages: Pages, *, theirs: Callable[..., torch.Tensor] = kind.logits) -> torch.Tensor:
+            before()
+            found.append([len(chunk.tokens) for chunk in chunks])
+            return theirs(self, chunks, pages)
+
+        monkeypatch.setattr(kind, "logits", logits)
+    return found
+
+
+def test_requests_share_steps(session: LocalSession, held: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, sampler = counted(monkeypatch), session.sampler()
     futures = [sampler.sample((1 + i, 2), SamplingParams(max_tokens=5, seed=i, temperature=3.0)) for i in range(6)]
     held()
     assert all(len(future.result()[0].tokens) <= 5 for future in futures)
-    assert len(steps) <= 4  # not 6 × 4
-    assert steps[0] >= 4
+    assert len(seen) <= 5  # not 6 × 5
+    assert seen[0] == [2] * 6
 
 
 def test_a_late_request_joins_the_running_batch(session: LocalSession, held: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler, widths, step = session.sampler(), list[int](), sampling._Batch._step
-    late: list[Future[tuple[Completion, ...]]] = []
+    sampler, late = session.sampler(), list[Future[tuple[Completion, ...]]]()
 
-    def joining(self: sampling._Batch) -> None:
+    def joining() -> None:
         if not late:
             late.append(sampler.sample((7, 8, 9), SamplingParams(max_tokens=4, seed=0, temperature=3.0)))
-        widths.append(len(self._rows))
-        step(self)
 
-    monkeypatch.setattr(sampling._Batch, "_step", joining)
+    seen = counted(monkeypatch, joining)
     first = sampler.sample("hi", SamplingParams(max_tokens=30, seed=5, temperature=3.0))
     held()
     first.result()
-    assert 2 in widths
+    assert [1, 3] in seen
+    assert [1, 1] in seen
+    monkeypatch.undo()
     alone = sampler.sample((7, 8, 9), SamplingParams(max_tokens=4, seed=0, temperature=3.0)).result()[0]
     assert same(late[0].result()[0], alone)
+
+
+def test_long_prompts_are_read_in_pieces_while_others_go_on(session: LocalSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=20, seed=5, temperature=3.0)
+    prompts = [tuple(3 + (i * k) % 200 for i in range(length)) for k, length in ((3, 4), (5, 100), (7, 90))]
+    sampler = session.sampler()
+    alone = [sampler.sample(prompt, params).result()[0] for prompt in prompts]
+    fresh(session)
+    for kind in (compiled.NativeSteps, steps.TorchSteps):
+        monkeypatch.setattr(kind, "chunk", 24)
+    seen = counted(monkeypatch)
+    let_go = hold(session)
+    futures = [sampler.sample(prompt, params) for prompt in prompts]
+    let_go()
+    together = [future.result()[0] for future in futures]
+    assert all(same(one, other) for one, other in zip(together, alone, strict=True))
+    assert max(sum(sizes) for sizes in seen) <= 24 + 2
+    assert sum(1 for sizes in seen if 1 in sizes and max(sizes) > 1) >= 5
+
+
+def test_what_prompts_have_in_common_is_computed_once(session: LocalSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, params = tuple(3 + i % 200 for i in range(80)), SamplingParams(max_tokens=6, seed=5, temperature=3.0)
+    prompts = [(*start, *(9 + k + i for i in range(4 + k))) for k in range(4)]
+    samplers = [session.sampler(), session.sampler()]
+    alone = []
+    for prompt in prompts:
+        fresh(session)
+        alone.append(samplers[0].sample(prompt, params).result()[0])
+    fresh(session)
+    seen = counted(monkeypatch)
+    let_go = hold(session)
+    futures = [samplers[0].sample(prompt, params) for prompt in prompts]
+    let_go()
+    assert all(same(future.result()[0], other) for future, other in zip(futures, alone, strict=True))
+    if batches(session)[0]._steps.joins:  # the step itself computes a common start once
+        assert seen[0] == [84, 85, 86, 87]
+    else:
+        assert sum(size for sizes in seen for size in sizes if size > 1) == 84 + 5 + 6 + 7
+    seen.clear()
+    samplers[0].sample(prompts[1], params).result()
+    assert sum(size for sizes in seen for size in sizes if size > 1) == 5  # 80 of its 85 tokens are in pages that were kept
+    seen.clear()
+    samplers[1].sample(prompts[1], params).result()
+    assert sum(size for sizes in seen for size in sizes if size > 1) == 85  # another snapshot's pages are not its own
+
+
+def test_adapters_mix_in_one_batch(session: LocalSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sample has the numbers of its own weights."""
+    backend = session._engine
+    samplers: list[Sampler] = [session.sampler(), backend.sampler(session.base_model)]  # type: ignore[attr-defined]
+    for seed, targets in ((1, ("q_proj",)), (2, ("down_proj", "up_proj")), (3, ("lm_head", "v_proj", "o_proj"))):
+        opened = backend.train(session.base_model, LoraConfig(rank=2 * seed, target_modules=targets, seed=seed, dropout=0.0))  # type: ignore[attr-defined]
+        opened.forward_backward(batch(9, 12, seed=seed), CE)
+        opened.optim_step(AdamConfig(lr=0.2))
+        samplers.append(opened.sampler())
+    params = SamplingParams(max_tokens=8, seed=6, temperature=1.5)
+    alone = [sampler.sample("hello there", params).result()[0] for sampler in samplers]
+    assert len({completion.logprobs for completion in alone}) == len(samplers)
+    seen = counted(monkeypatch)
+    let_go = hold(session)
+    futures = [sampler.sample("hello there", params) for sampler in [*samplers, samplers[0]]]
+    let_go()
+    together = [future.result()[0] for future in futures]
+    assert all(same(one, other) for one, other in zip(together, [*alone, alone[0]], strict=True))
+    assert max(map(len, seen)) == len(samplers) + 1
 
 
 # --------------------------------------------------------------------------------------------------------------- stops
@@ -260,7 +361,8 @@ def test_an_engine_failure_reaches_every_request(shared: LocalBackend, held: Cal
     sampler = shared.sampler("tiny")
     futures = [sampler.sample("hi", SamplingParams(max_tokens=3)), sampler.sample("you", SamplingParams(max_tokens=3), n=2)]
     scored = [sampler.compute_logprobs("hi", "x"), sampler.compute_logprobs("hi", "y")]
-    monkeypatch.setattr(sampling, "draw", broken)
+    for kind in (compiled.NativeSteps, steps.TorchSteps):
+        monkeypatch.setattr(kind, "draw", broken)
     monkeypatch.setattr(sampling, "completion_logprobs", broken)
     held()
     for drawn in futures:
@@ -348,24 +450,3 @@ def test_events(shared: LocalBackend) -> None:
     assert found[0]["n"] == 2
     assert found[1]["error"] == "DataError"
     assert all(completion.duration_s > 0 for completion in done)
-
-
-# ------------------------------------------------------------------------------------------------------------------ kv
-def test_buffers_keep_every_past() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = (3, 5, 1)
-    pasts: list[Past] = [[(torch.randn(2, n, 4, generator=generator), torch.randn(2, n, 4, generator=generator)) for _ in range(2)] for n in lengths]
-    shared = Shared.of(pasts, room=2)
-    assert (shared.width, shared.capacity, shared.lengths[:, 0].tolist()) == (5, 7, [3, 5, 1])
-    assert shared.mask is not None
-    assert shared.mask.sum(1).tolist() == [n + 2 for n in lengths]
-    new = [(torch.randn(3, 2, 1, 4, generator=generator), torch.randn(3, 2, 1, 4, generator=generator)) for _ in range(2)]
-    for layer, (keys, values) in enumerate(new):
-        seen = shared.cache.update(keys, values, layer)
-        assert seen[0].shape == (3, 2, 6, 4)
-    shared.advance()
-    for place, past in enumerate(shared.pasts()):
-        for layer, (keys, values) in enumerate(past):
-            torch.testing.assert_close(keys, torch.cat([pasts[place][layer][0], new[layer][0][place]], dim=1))
-            torch.testing.assert_close(values, torch.cat([pasts[place][layer][1], new[layer][1][place]], dim=1))
-    assert Shared.of(pasts[:1], room=1).mask is None

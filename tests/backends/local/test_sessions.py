@@ -130,7 +130,7 @@ def test_prompts_that_begin_alike_are_read_once(monkeypatch: pytest.MonkeyPatch)
     with LocalBackend(threads=1, engine="plain") as plain:
         expected = [plain.sampler("tiny").sample(prompt, params).result()[0] for prompt in prompts]
     monkeypatch.setattr(Base, "read", counted)
-    with LocalBackend(threads=1, engine="fast") as backend:
+    with LocalBackend(threads=1, engine="torch") as backend:
         sampler, hold = backend.sampler("tiny"), backend.submit(__import__("time").sleep, 0.2)
         futures = [sampler.sample(prompt, params) for prompt in prompts]
         hold.result()

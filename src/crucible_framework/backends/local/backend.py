@@ -19,7 +19,7 @@ import torch
 
 from ... import events
 from ...config import places
-from ...errors import BackendError, ConfigError, NotFoundError
+from ...errors import BackendError, CapabilityError, ConfigError, NotFoundError
 from ...protocols import Tokenizer
 from ...records import Capabilities, Checkpoint, LoraConfig
 from .adapters import Snapshot, read_snapshot, size_bytes, write_snapshot
@@ -27,7 +27,7 @@ from .bases import Base, canonical, load_base, load_tokenizer
 from .lora import Active, init_adapter, layer_names, tensor_shapes
 from .optim import fresh
 from .queue import Queue
-from .sampling import Answer, Ask, Frozen, LocalSampler, serve
+from .sampling import Answer, Ask, Frozen, LocalSampler, Sampling
 from .session import LocalSession
 
 __all__ = ["LocalBackend"]
@@ -50,12 +50,14 @@ def _device(name: str) -> torch.device:
 class LocalBackend:
     """Trains and samples with PyTorch in this process; see `Backend`.
 
-    Requests run on one thread in the order of their submission; sample requests that stand next to each other share passes. Base weights
-    are loaded once per model and shared; they never change. On a CPU the same requests give the same bits, for the same number of threads.
+    Requests of sessions run on one thread in the order of their submission; samples are drawn between them, token by token, those of one
+    base model together. Base weights are loaded once per model and shared; they never change. On a CPU the same requests of sessions give
+    the same bits, for the same number of threads; samples may differ by rounding where others share their batch.
 
     Args:
         dtype: of the base weights; "auto" is bfloat16 on a GPU and on a processor with instructions for it, float32 elsewhere and for models of
-            less than 16 million weights. Adapters are float32 always.
+            less than 16 million weights. Adapters are float32 always. "int8" is for evaluation only: matrices are rounded to int8 with one scale
+            per output, so what is sampled is not quite what was trained; it needs a processor and a C++ compiler, and cannot train.
         device: "auto" takes a GPU where there is one.
         threads: that torch may use inside one operation; None: one per core, or as OMP_NUM_THREADS says. It applies to the process.
         cache: where `smollm2-135m` is kept; None: the user's cache folder.
@@ -71,15 +73,15 @@ class LocalBackend:
     def __init__(
         self,
         *,
-        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto",
         device: str = "auto",
         threads: int | None = None,
         cache: str | Path | None = None,
         engine: Literal["fast", "torch", "plain"] = "fast",
         activations_bytes: int | None = None,
     ) -> None:
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32' or 'bfloat16'.")
+        if dtype not in ("auto", "float32", "bfloat16", "int8"):
+            raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'int8'.")
         if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
             raise ConfigError(f"threads is {threads!r}; expected a whole number of at least 1, or None.")
         if engine not in ("fast", "torch", "plain"):
@@ -89,9 +91,11 @@ class LocalBackend:
         self._engine: Literal["fast", "torch", "plain"] = engine
         self._activations_bytes = activations_bytes
         self._device = _device(device)
-        self._dtype = None if dtype == "auto" else getattr(torch, dtype)
+        self._dtype = None if dtype == "auto" else torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
         self._cache = Path(cache) if cache is not None else places().cache
-        self._queue: Queue[Ask, Answer] = Queue(serve, threads or torch.get_num_threads())
+        threads = threads or torch.get_num_threads()
+        self._queue: Queue[Ask, Answer] = Queue(Sampling(threads, int8=dtype == "int8"), threads)
+        self._trains = dtype != "int8"
         self._loading, self._lock = threading.Lock(), threading.Lock()
         self._bases: dict[str, Base] = {}
         self._plain: dict[str, Future[Frozen]] = {}
@@ -114,6 +118,7 @@ class LocalBackend:
         """A new adapter, initialised from `lora.seed` as PEFT does.
 
         Raises:
+            CapabilityError: the backend's dtype is "int8".
             UnknownNameError: no such base model, or a target module that no layer has.
             ConfigError, ServiceError, AuthError, CorruptError: the base model cannot be loaded; the message says why.
         """
@@ -221,6 +226,8 @@ class LocalBackend:
             return self._bases[name]
 
     def _session(self, base: Base, base_model: str, lora: LoraConfig, start: Snapshot) -> LocalSession:
+        if not self._trains:
+            raise CapabilityError("A backend with dtype='int8' samples only; expected 'auto', 'bfloat16' or 'float32' for training. Connect a second one.")
         return LocalSession(self, base, lora, start, name=uuid.uuid4().hex[:12], base_model=base_model)
 
     def _snapshot(self, checkpoint: Checkpoint, base: Base, *, state: bool) -> Snapshot:

@@ -73,6 +73,7 @@ class Base:
         context: the most tokens that it reads.
         vocab_size: rows of its embedding; the tokenizer may have fewer.
         limit: tokens that go through the model together in training.
+        native: where compiled code is kept; None where none may be used.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Base:
     device: torch.device
     decoder: Decoder | None = None
     limit: int = TOKENS_PER_SLICE
+    native: Path | None = None
 
     @property
     def layout(self) -> _Layout:
@@ -326,7 +328,8 @@ def load_base(
         head = _head_name(model, name)
         _probe(model, head, name, device)
         slot, layers = install(model)
-        walks = Walks(cache / "native" if engine == "fast" and device.type == "cpu" else None)
+        native = cache / "native" if engine == "fast" and device.type == "cpu" else None
+        walks = Walks(native)
         decoder = Decoder.of(model, head, slot, pack=room_to_pack(layers, kind), walks=walks) if engine != "plain" else None
         config, limit = cast("_Config", model.config), TOKENS_PER_SLICE
         if activations_bytes is not None:
@@ -349,6 +352,7 @@ def load_base(
             device=device,
             decoder=decoder,
             limit=limit,
+            native=native,
         )
 
 

@@ -25,7 +25,7 @@ from .walks import Span, Walks
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["Decoder"]
+__all__ = ["Decoder", "Joint", "Parts"]
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
@@ -46,14 +46,14 @@ class _Config(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Joint:
+class Joint:
     """Linear layers that read the same input, as one matrix; `rows` says which output columns belong to which layer."""
 
     frozen: Frozen
     rows: tuple[tuple[str, int, int], ...]
 
     @classmethod
-    def of(cls, layers: Sequence[LoraLinear], *, pack: bool) -> _Joint:
+    def of(cls, layers: Sequence[LoraLinear], *, pack: bool) -> Joint:
         """Lays the layers' weights beside each other; the layers then hold views of the result."""
         first = layers[0].linear
         weight, bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
@@ -75,12 +75,35 @@ class _Layer:
     """One decoder layer's frozen tensors."""
 
     before: Tensor
-    qkv: _Joint
-    out: _Joint
+    qkv: Joint
+    out: Joint
     between: Tensor
-    up: _Joint
-    down: _Joint
+    up: Joint
+    down: Joint
     heads: Tensor | None
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Parts:
+    """What a decoder is made of, for who computes with it otherwise.
+
+    Attributes:
+        embedding: [V, H].
+        norm: weight of the last norm; eps is that of all norms.
+        head: the output layer's matrix.
+        rotary: gives cos and sin [1 or B, L, size] of (any tensor of a dtype, places [1 or B, L]).
+        queries, keys: heads, and key-value heads, of `size` each.
+    """
+
+    embedding: Tensor
+    layers: Sequence[_Layer]
+    norm: Tensor
+    eps: float
+    head: Frozen
+    rotary: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    queries: int
+    keys: int
+    size: int
 
 
 class Decoder:
@@ -150,9 +173,14 @@ class Decoder:
             return None
         return cls(model, head, slot, pack=pack, walks=walks)
 
+    @property
+    def parts(self) -> Parts:
+        """Its tensors and sizes."""
+        return Parts(self._embedding, self._layers, self._norm, self._eps, self.head, self._rotary, self._queries, self._keys, self._size)
+
     def _layer(self, layer: nn.Module, *, pack: bool) -> _Layer:
-        def joint(*names: str) -> _Joint:
-            return _Joint.of([cast("LoraLinear", layer.get_submodule(name)) for name in names], pack=pack)
+        def joint(*names: str) -> Joint:
+            return Joint.of([cast("LoraLinear", layer.get_submodule(name)) for name in names], pack=pack)
 
         def norm(name: str) -> Tensor:
             return cast("Tensor", layer.get_submodule(name).weight).detach()
@@ -243,7 +271,7 @@ class Decoder:
         return torch.split(torch.unflatten(qkv, 0, shape).transpose(1, 2), [self._queries, self._keys, self._keys], dim=1)
 
     def _times(
-        self, joint: _Joint, x: Tensor, seeds: Sequence[int], *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
+        self, joint: Joint, x: Tensor, seeds: Sequence[int], *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
     ) -> Tensor:
         """(norm or gate →) matrix with the active adapters (+ residual); one seed per adapter where there is dropout."""
         active, tokens = self._slot.active, x.shape[0]

@@ -1,111 +1,126 @@
-"""Keys and values of sequences of different lengths in one set of buffers, ending in the same column.
+"""Keys and values in pages of 16 tokens: taken when a sequence grows, shared where sequences begin alike, and found again later.
 
-A sequence that is shorter than the longest has padding before it, which a mask hides; positions are those of the sequence itself. Room for
-new columns is reserved, so that a step copies one column and not the whole past. This file does not know tokens or sampling.
+A full page is remembered under the tokens up to its end and the adapter that made it, so that a prompt's start that was computed before is
+not computed again; pages that nobody uses are kept until their room is needed. This file does not know tokens' meaning or sampling.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["Past", "Shared", "pasts_of"]
+__all__ = ["PAGE", "Pages", "key_after"]
 
-Past: TypeAlias = list[tuple[Tensor, Tensor]]
-"""One sequence's keys and values per layer, [heads, length, width]."""
-
-
-class _Layer(DynamicLayer):  # type: ignore[misc] # transformers is not typed for mypy
-    """One layer's keys and values in buffers [B, heads, capacity, width], of which the first `filled` columns count."""
-
-    def __init__(self, keys: Tensor, values: Tensor, filled: int) -> None:
-        super().__init__()
-        self.buffers = keys, values
-        self.filled = filled
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values = keys[:, :, :filled], values[:, :, :filled]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object) -> tuple[Tensor, Tensor]:
-        """Adds new columns and gives all that are filled."""
-        start, end = self.filled, self.filled + key_states.shape[2]
-        keys, values = self.buffers
-        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
-        self.filled = end
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
-        return keys[:, :, :end], values[:, :, :end]
+PAGE = 16
+"""Tokens of a page: as many scores as a vector of the compiled step holds."""
+_FIRST = 64
+"""Pages that are there at first; their number doubles when they are used up."""
 
 
-def pasts_of(cache: DynamicCache, where: Sequence[NDArray[np.int64]]) -> list[Past]:
-    """Per sequence of a prefilled batch its own keys and values; `where` holds the indices of its tokens in the flattened [B · L]."""
-    layers = [(cast("Tensor", vars(layer)["keys"]), cast("Tensor", vars(layer)["values"])) for layer in cache.layers]
-    length = layers[0][0].shape[2]
-    pasts = list[Past]()
-    for places in where:
-        row, first = divmod(int(places[0]), length)
-        if int(places[-1]) - int(places[0]) + 1 == len(places):
-            pasts.append([(keys[row, :, first : first + len(places)], values[row, :, first : first + len(places)]) for keys, values in layers])
-        else:  # a common start and an end further on: copied, one row holds all
-            index = torch.from_numpy(places).to(layers[0][0].device)
-            pasts.append([(keys[0].index_select(1, index), values[0].index_select(1, index)) for keys, values in layers])
-    return pasts
+def key_after(before: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full page of tokens behind the page of key `before`; the first page's `before` says whose pages they are."""
+    return hashlib.blake2b(before + np.array(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
 
 
-@dataclass(slots=True)
-class Shared:
-    """A batch of pasts as the model's cache.
+class Pages:
+    """Pages of one model.
 
     Attributes:
-        cache: what the model reads and adds to.
-        mask: bool [B, capacity], False before a sequence's start; None where all are of one length.
-        lengths: of the sequences, int64 [B, 1].
-        width: filled columns.
-        capacity: columns that there is room for.
+        tensor: [layers, pages, numbers], what the pages hold; replaced when there are to be more.
+
+    Args:
+        layers: of the model.
+        numbers: keys and values of 16 tokens in one layer.
+        limit: pages that there may be; `take(beyond=True)` goes further.
     """
 
-    cache: Cache
-    mask: Tensor | None
-    lengths: Tensor
-    width: int
-    capacity: int
+    def __init__(self, layers: int, numbers: int, *, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+        self.limit = limit
+        self.tensor: Tensor = torch.empty((layers, min(limit, _FIRST), numbers), dtype=dtype, device=device)
+        self._free = list(range(self.tensor.shape[1]))[::-1]
+        self._users = [0] * self.tensor.shape[1]
+        self._known: dict[bytes, int] = {}
+        self._key: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
 
-    @classmethod
-    def of(cls, pasts: Sequence[Past], room: int) -> Shared:
-        """Copies pasts into buffers with `room` more columns."""
-        lengths = [past[0][0].shape[1] for past in pasts]
-        width = max(lengths)
-        layers = list[_Layer]()
-        for parts in zip(*pasts, strict=True):
-            both = list[Tensor]()
-            for which in (0, 1):
-                heads, _, size = parts[0][which].shape
-                buffer = parts[0][which].new_zeros((len(pasts), heads, width + room, size))  # zeros: a masked NaN would still be one
-                for place, part in enumerate(parts):
-                    buffer[place, :, width - lengths[place] : width] = part[which]
-                both.append(buffer)
-            layers.append(_Layer(both[0], both[1], width))
-        device = pasts[0][0][0].device
-        starts = torch.tensor([[width - length] for length in lengths], device=device)
-        mask = None if min(lengths) == width else torch.arange(width + room, device=device)[None] >= starts
-        return cls(Cache(layers=list(layers)), mask, torch.tensor([[length] for length in lengths], device=device), width, width + room)
+    @property
+    def left(self) -> int:
+        """Pages that can be taken without going beyond the limit."""
+        return len(self._free) + len(self._idle) + max(0, self.limit - self.tensor.shape[1])
 
-    def advance(self) -> None:
-        """Counts the column that the model has added."""
-        self.width += 1
-        self.lengths = self.lengths + 1
+    @property
+    def used(self) -> int:
+        """Pages that somebody uses."""
+        return self.tensor.shape[1] - len(self._free) - len(self._idle)
 
-    def pasts(self) -> list[Past]:
-        """The sequences' keys and values as they stand, as views."""
-        lengths = self.lengths[:, 0].tolist()
-        layers = [layer.buffers for layer in self.cache.layers if isinstance(layer, _Layer)]
-        return [
-            [(keys[place, :, self.width - length : self.width], values[place, :, self.width - length : self.width]) for keys, values in layers]
-            for place, length in enumerate(lengths)
-        ]
+    def take(self, *, beyond: bool = False) -> int | None:
+        """A page for one user; None where there is none within the limit."""
+        if not self._free and not (self.tensor.shape[1] < self.limit and self._grow(self.limit)):
+            if self._idle:
+                page, _ = self._idle.popitem(last=False)
+                self._forget(page)
+                self._free.append(page)
+            elif not (beyond and self._grow(2 * self.tensor.shape[1])):
+                return None
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One more user for each."""
+        for page in pages:
+            self._idle.pop(page, None)
+            self._users[page] += 1
+
+    def drop(self, pages: Sequence[int]) -> None:
+        """One user less for each; what nobody uses and nobody can find again is free. The last page goes first."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                if page in self._key:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def shared(self, page: int) -> bool:
+        """Whether it has more than one user, and so must not be written to."""
+        return self._users[page] > 1
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies what a page holds."""
+        self.tensor[:, target] = self.tensor[:, source]
+
+    # ------------------------------------------------------------------------------------------------- finding them again
+    def remember(self, key: bytes, page: int) -> None:
+        """The page is full; it can be found under the key. The first one of a key stays."""
+        if key not in self._known and page not in self._key:
+            self._known[key], self._key[page] = page, key
+
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many keys from the first on are known."""
+        return next((place for place, key in enumerate(keys) if key not in self._known), len(keys))
+
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """The pages of as many keys from the first on as are known, with one more user each."""
+        found = [self._known[key] for key in keys[: self.known(keys)]]
+        self.share(found)
+        return found
+
+    def _forget(self, page: int) -> None:
+        if (key := self._key.pop(page, None)) is not None:
+            del self._known[key]
+
+    def _grow(self, limit: int) -> bool:
+        layers, count, numbers = self.tensor.shape
+        size = min(limit, 2 * count)
+        wider = self.tensor.new_empty((layers, size, numbers))
+        wider[:, :count] = self.tensor
+        self.tensor = wider
+        self._free += range(size - 1, count - 1, -1)
+        self._users += [0] * (size - count)
+        return True

@@ -7,6 +7,7 @@ own numbers. This file does not know losses, optimizers or files.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def _read_with(layer: str) -> str:
     return f"{parent}.{TOGETHER.get(leaf, leaf)}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Active:
     """An adapter as the forward pass sees it.
 
@@ -57,6 +58,7 @@ class Active:
         scale: alpha / rank.
         dropout: probability with which an input of the adapter is zeroed, to 1 / 65,536; layers that read the same input share a mask.
         generator: draws the seed of every pass; None: no dropout.
+        serial: another number for every one.
     """
 
     adapter: Mapping[str, Tensor]
@@ -64,6 +66,7 @@ class Active:
     dropout: float = 0.0
     generator: torch.Generator | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = field(init=False)
+    serial: int = field(default_factory=itertools.count(1).__next__, init=False)
     _seed: int = field(default=0, init=False)
     _begun: bool = field(default=False, init=False)
     _seen: set[str] = field(default_factory=set, init=False)
