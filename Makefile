@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help install demo test test-slow check bench bench-losses docs clean
+.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -40,6 +40,9 @@ check: $(DEV) ## Run all checks: format, lint, types, import floors, tests with 
 
 bench: $(DEV) ## Run the benchmarks
 	@for file in benchmarks/*.py; do printf '\n== %s\n' "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+bench-sampling: $(DEV) ## Measure sampling beside generate and llama.cpp, and keep the figures
+	@$(BIN)/python benchmarks/sampling.py --save sampling $(ARGS)
 
 bench-losses: $(DEV) ## Show what the structure losses do (15 to 30 minutes)
 	@$(BIN)/python benchmarks/studies/loss_effects.py $(ARGS)

@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,9 @@ from crucible_framework.backends.local import engine
 from crucible_framework.backends.local.bases import Base, load_base
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.optim import adamw, fresh, global_norm
-from crucible_framework.backends.local.queue import Job, Waiting
-from crucible_framework.backends.local.sampling import Answer, Ask, Frozen, serve
 from crucible_framework.config import places
 from crucible_framework.losses import resolve
-from crucible_framework.records import AdamConfig, Batch, Completion, Datum, LoraConfig, SamplingParams
+from crucible_framework.records import AdamConfig, Batch, Datum, LoraConfig
 
 LORA = LoraConfig(rank=16, alpha=32.0, dropout=0.05, target_modules=("all-linear",))
 ADAM = AdamConfig(lr=1e-4)
@@ -176,52 +173,6 @@ def training(bases: Mapping[str, Base], folder: str, *, budget_s: float, dtype: 
     return rows
 
 
-def drawing(base: Base, prompts: Sequence[Sequence[int]], new: int) -> Step:
-    """Greedy completions of all prompts as the backend draws them: on one thread, joined into one batch; gives how many tokens were drawn."""
-    frozen: Future[Frozen] = Future()
-    frozen.set_result(Frozen(base))
-    params = SamplingParams(temperature=0, max_tokens=new)
-
-    def step() -> int:
-        waiting: Waiting[Ask, Answer] = Waiting()
-        jobs: list[Job[Ask, Answer]] = [Job("key", Ask(model="m", frozen=frozen, prompt=tuple(prompt), params=params)) for prompt in prompts]
-        for job in jobs:
-            waiting.add(job)
-        serve(waiting)
-        return sum(len(completion.tokens) for job in jobs for completion in job.future.result() if isinstance(completion, Completion))
-
-    return step
-
-
-def generating(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Step:
-    """The same with `generate`: padded on the left to the longest."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-
-    def step() -> int:
-        with torch.no_grad():
-            model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
-        return len(prompts) * new
-
-    return step
-
-
-def sampling(bases: Mapping[str, Base], folder: str, *, budget_s: float, dtype: torch.dtype, sizes: Sequence[int], new: int) -> list[dict[str, Any]]:
-    """Greedy tokens after prompts of different lengths."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
-    rng, rows = np.random.default_rng(1), []
-    for size in sizes:
-        prompts = [rng.integers(10, 40000, 48 + 5 * (i % 8)).tolist() for i in range(size)]
-        steps = {"transformers generate": generating(model, prompts, new), **{f"crucible {name}": drawing(base, prompts, new) for name, base in bases.items()}}
-        times, _ = in_turns(steps, budget_s)
-        shares = {name: size * new / int(str(step())) for name, step in steps.items()}  # samples that end early count by their rate
-        rows += lines_of(f"sampling, {size} at once", {name: [t * shares[name] for t in found] for name, found in times.items()}, size * new)
-    return rows
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
     lines = ["| work | engine | rounds | tokens/s | × peer | of the GEMM limit |", "|---|---|---:|---:|---:|---:|"]
@@ -234,11 +185,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="more time per case, more and longer samples")
+    parser.add_argument("--full", action="store_true", help="more time per case")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--only", choices=("training", "sampling"))
     parser.add_argument("--save", metavar="NAME")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -248,11 +198,7 @@ def main() -> None:
     bases = {"fast": fast, "plain": load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine="plain")}
     folder = str(getattr(fast.model.config, "_name_or_path", given.model))
     rows, budget_s = [], 240.0 if given.full else 30.0
-    if given.only != "sampling":
-        rows += training(bases, folder, budget_s=budget_s, dtype=dtype)
-    if given.only != "training":
-        sizes, new = ((1, 8, 32), 64) if given.full else ((1, 32), 16)
-        rows += sampling(bases, folder, budget_s=budget_s, dtype=dtype, sizes=sizes, new=new)
+    rows += training(bases, folder, budget_s=budget_s, dtype=dtype)
     print(f"{given.model}, {given.dtype}, {given.threads} threads, torch {torch.__version__}, {gemm_rate(dtype) / 1e9:.0f} GFLOP/s at the end\n")
     print(table(rows))
     if given.save:
