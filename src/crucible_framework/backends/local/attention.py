@@ -66,8 +66,10 @@ class _Work:
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B · KV, heads / KV · (L − skip), D], scaled, keys and values [B · KV, L, D]: heads that share a key-value head are one product's rows."""
         span, size = self.span, x.shape[-1]
-        q = self.walks.fold(x, span, 0, self.queries, scale=size**-0.5).view(span.count * self.keys, -1, size)
-        k, v = (self.walks.fold(x, replace(span, skip=0), first, self.keys).view(-1, span.length, size) for first in (self.queries, self.queries + self.keys))
+        q = self.walks.fold(x, span, 0, self.queries, scale=size**-0.5).reshape(span.count * self.keys, -1, size)
+        k, v = (
+            self.walks.fold(x, replace(span, skip=0), first, self.keys).reshape(-1, span.length, size) for first in (self.queries, self.queries + self.keys)
+        )
         return q, k, v
 
 
@@ -83,7 +85,7 @@ def _short_back(g: Tensor, x: Tensor, p: Tensor, dx: Tensor, work: _Work) -> Non
     """Writes the gradients of `_short`'s queries, keys and values into dx, which has the shape of x."""
     span, queries, keys, size = work.span, work.queries, work.keys, x.shape[-1]
     q, k, v = work.parts(x)
-    up = work.walks.fold(g, span, 0, queries).view(q.shape)
+    up = work.walks.fold(g, span, 0, queries).reshape(q.shape)
     dv = torch.bmm(p.transpose(1, 2), up)
     slope = work.walks.softmax_back(torch.bmm(up, v.transpose(1, 2)), p, span)
     work.walks.unfold(torch.bmm(slope, k).view(span.count, queries, -1, size), dx, span, 0, scale=size**-0.5)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Protocol
 
 from ...errors import BackendError, ConfigError
@@ -24,7 +23,7 @@ from .steps import Steps, TorchSteps
 
 __all__ = ["Answer", "Ask", "Frozen", "LocalSampler", "Sampling"]
 
-SCORED = 4096
+SCORED = 2048
 """Tokens of the log-prob requests that are answered in one step, where there are several."""
 
 
@@ -161,7 +160,7 @@ class Sampling:
     def _scorer(self, base: Base) -> Scorer:
         """Log-probs by the weights that are sampled: those of training, or those rounded to int8."""
         steps = self._steps(base) if self._int8 else None
-        return steps.scores if isinstance(steps, NativeSteps) else partial(completion_logprobs, base)
+        return steps.scores if isinstance(steps, NativeSteps) else lambda active, pairs: completion_logprobs(base, active, pairs)
 
 
 class _Scores:
