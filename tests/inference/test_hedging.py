@@ -330,8 +330,9 @@ def traced(name: str, budget: float, n: int, policy: HedgePolicy | None = None) 
     return make, x[n // 6 :]
 
 
-@pytest.mark.parametrize(("name", "budget"), [("bimodal", 0.05), ("rare", 0.02), ("lognormal", 0.05), ("pareto", 0.08)])
+@pytest.mark.parametrize(("name", "budget"), [("bimodal", 0.08), ("rare", 0.02), ("lognormal", 0.05), ("pareto", 0.08)])
 def test_within_three_points_of_the_offline_optimum(name: str, budget: float) -> None:
+    """5 % on the bimodal trace is in `benchmarks/inference.py`: that the budget is the share of slow requests takes a longer trace."""
     make, x = traced(name, budget, 9000)
     tail, extra, ok = run(make, 9000)
     optimum = best_hedge(Survival(x), Survival(x), budget, candidates=800)
@@ -359,7 +360,7 @@ def test_almost_nothing_is_sent_where_hedging_cannot_help() -> None:
     leg.keep = False
     sampler = HedgedSampler(leg, Adaptive(0.05), budget=0.05, clock=clock)
     replay(clock, sampler, 12_000, 50.0)
-    assert sampler.stats.extra <= 0.006  # the first thirty hedges that show it, and probes
+    assert sampler.stats.extra <= 0.003  # the first fifteen hedges that show it, and probes
 
 
 def test_backups_that_always_fail_cost_no_answer() -> None:
