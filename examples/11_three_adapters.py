@@ -5,8 +5,9 @@ import time
 import crucible_framework as cf
 from crucible_framework.inference import ChoiceSampler, Ensemble, LogOdds, Member, Pool, learn_accuracies
 from crucible_framework.protocols import Sampler
+from crucible_framework.records import Ballot
 
-train, dev, test = (cf.load_dataset("minifact", split=split, limit=limit) for split, limit in (("train", 96), ("dev", 45), ("test", 90)))
+train, dev, test = (cf.load_dataset("minifact", split=split, limit=limit) for split, limit in (("train", 90), ("dev", 27), ("test", 54)))
 labels = test.card.labels
 greedy = cf.SamplingParams(max_tokens=8, temperature=0.0)
 
@@ -14,7 +15,7 @@ greedy = cf.SamplingParams(max_tokens=8, temperature=0.0)
 def adapter(backend: cf.Backend, seed: int) -> Sampler:
     """Trained on the same claims in another order, from another start."""
     config = cf.TrainConfig(
-        base_model="smollm2-135m", max_steps=12, batch_size=8, seed=seed, adam=cf.AdamConfig(lr=1e-3), lora=cf.LoraConfig(rank=8, dropout=0.0, seed=seed)
+        base_model="smollm2-135m", max_steps=8, batch_size=4, seed=seed, adam=cf.AdamConfig(lr=1e-3), lora=cf.LoraConfig(rank=8, dropout=0.0, seed=seed)
     )
     with cf.Trainer(backend, config) as trainer:
         trainer.train(train)
@@ -31,8 +32,8 @@ with cf.connect("local") as backend:
     for name, ran in on_dev.items():
         print(f"dev   {name}: {ran['label_accuracy'].value:.3f}{'  ← best, chosen here' if name == best else ''}")
 
-    history = [Ensemble(members, read="text").ask(row.prompt, greedy).ballots for row in dev]
-    weights = learn_accuracies(history, [row.target.casefold() for row in dev])
+    history = [[Ballot(member=name, answer=ran.items[i].completion) for name, ran in on_dev.items()] for i in range(len(dev))]
+    weights = learn_accuracies(history, [row.target for row in dev])  # from the answers that are there: nobody is asked again
     ensemble = Ensemble(Pool([Member(name=name, sampler=one) for name, one in members.items()]), LogOdds(accuracies=weights, answers=len(labels)), read="text")
 
     alone = cf.evaluate(members[best], test, ["label_accuracy"], params=greedy, label=best)
