@@ -44,7 +44,7 @@ bench: $(DEV) ## Run the benchmarks
 bench-losses: $(DEV) ## Show what the structure losses do (15 to 30 minutes)
 	@$(BIN)/python benchmarks/studies/loss_effects.py $(ARGS)
 
-bench-inference: $(DEV) ## Measure hedging and routing beside the offline optimum and the rivals on PyPI (10 minutes)
+bench-inference: $(DEV) ## Measure hedging and routing beside the offline optimum and the rivals on PyPI (5 minutes)
 	@$(PIP) hedge-python==0.3.0 httpx-hedged==0.5.0 || echo "The rivals could not be installed; the table is without them." >&2
 	@$(BIN)/python benchmarks/inference.py $(ARGS)
 

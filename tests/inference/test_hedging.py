@@ -220,11 +220,14 @@ def test_no_future_and_no_thread_is_left_of_ten_thousand_cancelled_calls_on_the_
             return Future()
 
     sampler = HedgedSampler(Hanging("x"), Fixed(3600.0), budget=1.0)
-    for _ in range(10_000):
+
+    def give_up() -> None:
         future = sampler.sample("?", PARAMS)
         alive.append(weakref.ref(future))
         future.cancel()
-    del future
+
+    for _ in range(10_000):
+        give_up()
     gc.collect()
     assert (threading.active_count() - threads, sum(one() is not None for one in alive), sampler.stats.in_flight) == (0, 0, 0)
 

@@ -18,8 +18,8 @@ from .latency import HedgePlan, Survival, best_hedge
 __all__ = ["Adaptive", "Fixed", "Never", "Percentile", "default_policy"]
 
 
-_RESERVE, _HORIZON, _MOST, _SPREAD = 8.0, 1000.0, 0.1, 0.2
-"""How `Adaptive` spends: credits beyond the reserve over so many requests, at most this share above the budget; see `best_hedge` for the spread."""
+_RESERVE, _HORIZON, _MOST = 8.0, 1000.0, 0.1
+"""How `Adaptive` spends: credits beyond the reserve over so many requests, at most this share above the budget."""
 
 
 class Never:
@@ -185,9 +185,11 @@ class Adaptive:
         primary = self._primary.survival()
         surplus = max(0.0, self._credit - _RESERVE) / (_HORIZON * self._budget) if self._budget else 0.0
         spend = self._budget * (1 + min(_MOST, surplus))
-        ideal = best_hedge(primary, primary, spend, self._quantile, spread=_SPREAD)
+        # half a standard error of a share of slow requests that is what the budget can just mend
+        spread = min(0.3, 0.5 * math.sqrt((1 - self._budget) / (self._budget * len(self._primary)))) if 0 < self._budget < 1 else 0.0
+        ideal = best_hedge(primary, primary, spend, self._quantile, spread=spread)
         known = self._backup.seen >= self._trust
-        self._found = best_hedge(primary, self._backup.survival(), spend, self._quantile, spread=_SPREAD) if known else ideal
+        self._found = best_hedge(primary, self._backup.survival(), spend, self._quantile, spread=spread) if known else ideal
         plan, reason = self._found, f"the {self._quantile:.0%} quantile is expected to fall by {self._found.gain:.0%}"
         if plan.gain < self._min_gain:
             plan, reason = replace(ideal, probability=self._probe / max(spend, 1e-12) * ideal.probability), "probe: nothing to gain is expected"
