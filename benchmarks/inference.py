@@ -294,7 +294,7 @@ def failing_fast() -> float:
 
 
 def overhead(n: int = 3000) -> float:
-    """Microseconds of processor time that an adaptive hedge adds to a request that is answered at once: median of 9 alternating pairs."""
+    """Microseconds of processor time that an adaptive hedge adds to a request that is answered at once: the least of 9 rounds, alternating."""
     ready = Ready(VirtualClock(), np.ones(1))
 
     def each_us(sampler: Sampler) -> float:
@@ -304,7 +304,8 @@ def overhead(n: int = 3000) -> float:
         return (time.process_time() - start) / n * 1e6
 
     hedged = HedgedSampler(ready, Adaptive(0.05), budget=0.05)
-    return statistics.median(each_us(hedged) - each_us(ready) for _ in range(9))
+    rounds = [(each_us(hedged), each_us(ready)) for _ in range(9)]  # other work on the machine only adds
+    return min(with_hedge for with_hedge, _ in rounds) - min(alone for _, alone in rounds)
 
 
 def leaks(calls: int = 10_000) -> tuple[int, int]:

@@ -313,6 +313,16 @@ def test_self_consistency_stops_when_enough_agree() -> None:
     assert not majority_is_safe({"a": 3, "b": 1})
 
 
+def test_self_consistency_by_meaning_stops_sooner() -> None:
+    def same(one: str, other: str) -> bool:
+        return {one, other} <= {"auto", "car"}
+
+    said = ("car", "auto", "train")
+    assert SelfConsistent(Ready(*said), 9, batch=3, confidence=0.8).ask("?").tied
+    verdict = SelfConsistent(Ready(*said), 12, batch=3, confidence=0.75, merge=same).ask("?")
+    assert (verdict.answer, verdict.scores) == ("auto", {"auto": 4.0, "train": 2.0})
+
+
 def test_self_consistency_fails_and_cancels() -> None:
     clock = VirtualClock()
     with pytest.raises(ServiceError):

@@ -133,7 +133,7 @@ class Ensemble:
 
     def judge(self, ballots: tuple[Ballot, ...]) -> Verdict:
         """The verdict on ballots, with merged answers, a calibrated probability, and no answer where that is too low."""
-        verdict = self.vote(ballots if self.merge is None else _merged(ballots, self.merge))
+        verdict = self.vote(ballots if self.merge is None else merged_ballots(ballots, self.merge))
         if self.confidence is not None and verdict.answer is not None:
             verdict = replace(verdict, probability=self.confidence(verdict))
         if self.abstain is None or verdict.answer is None or self.abstain(verdict.probability):
@@ -158,7 +158,7 @@ class Ensemble:
         raise CapabilityError(f"{self.model} votes on answers and has no log-probs of tokens; ask a member: ensemble.pool[name].sampler.compute_logprobs(…).")
 
 
-def _merged(ballots: tuple[Ballot, ...], equal: Equal) -> tuple[Ballot, ...]:
+def merged_ballots(ballots: tuple[Ballot, ...], equal: Equal) -> tuple[Ballot, ...]:
     """The ballots with one name for answers of one meaning, in rankings too."""
     every = [answer for ballot in ballots for answer in (ballot.answer, *ballot.ranking)]
     names = dict(zip(every, merge_by_meaning(every, equal), strict=True))
