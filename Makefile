@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean
+.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,10 @@ bench-sampling: $(DEV) ## Measure sampling beside generate and llama.cpp, and ke
 
 bench-losses: $(DEV) ## Show what the structure losses do (15 to 30 minutes)
 	@$(BIN)/python benchmarks/studies/loss_effects.py $(ARGS)
+
+bench-inference: $(DEV) ## Measure hedging and routing beside the offline optimum and the rivals on PyPI (5 minutes)
+	@$(PIP) hedge-python==0.3.0 httpx-hedged==0.5.0 || echo "The rivals could not be installed; the table is without them." >&2
+	@$(BIN)/python benchmarks/inference.py $(ARGS)
 
 docs: $(DEV) ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide the warnings from --strict too

@@ -30,6 +30,7 @@ __all__ = [
     "decision",
     "emit",
     "in_run",
+    "listening",
     "span",
     "subscribe",
     "to_logging",
@@ -100,6 +101,11 @@ def _send(event: Event) -> None:
             sink(event)
         except Exception:
             _log.exception("an event sink failed on %r", event.get("name"))
+
+
+def listening() -> bool:
+    """Whether there is a sink, for fields that cost time to make."""
+    return bool(_sinks)
 
 
 def emit(name: str, **fields: Json) -> None:

@@ -48,11 +48,13 @@ __all__ = [
     "HedgePolicy",
     "Loss",
     "LossFn",
+    "OnTokens",
     "Report",
     "Router",
     "Sampler",
     "Schedule",
     "Scorer",
+    "StreamSampler",
     "Tokenizer",
     "TrainingSession",
     "Vote",
@@ -136,6 +138,18 @@ class Sampler(Protocol):
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]: ...
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
         """log p of each token of `completion` after `prompt` at temperature 1, in nats."""
+        ...
+
+
+OnTokens: TypeAlias = Callable[[str, tuple[int, ...]], None]
+"""(new text, its tokens) as they come, in order, on any thread. The text may be "" where a character is not complete yet."""
+
+
+class StreamSampler(Sampler, Protocol):
+    """A Sampler that also tells its answer while it is being drawn."""
+
+    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
+        """One completion; the texts of all pieces together are its text. Cancelling the future ends the drawing and the pieces."""
         ...
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "TrainingResult",
     "Verdict",
     "answer_id",
+    "less_is_better",
     "record",
     "split_answer_id",
 ]
@@ -443,6 +444,18 @@ class Score:
     name: str
     value: float | None
     detail: str = ""
+
+
+_LESS_IS_BETTER = frozenset({
+    "brier", "chirality", "circuit_rank", "cost", "cyclic", "ece", "error", "error_rate", "hallucination_rate", "invented_documents", "latency_s", "loss",
+    "mae", "mse", "nll", "perplexity", "polarity_conflict", "rmse", "target_nll",
+})  # fmt: skip
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether less of a metric is better, by the last part of its name: "dev/loss", "final_loss" and "target_nll" yes, "accuracy" no."""
+    name = metric.rpartition("/")[2]
+    return name in _LESS_IS_BETTER or name.endswith(("_loss", "_nll", "_error", "_cost", "_latency_s", "_perplexity"))
 
 
 @record

@@ -14,8 +14,7 @@ from crucible_framework.backends import connect
 from crucible_framework.data import load_dataset
 from crucible_framework.errors import ConfigError
 from crucible_framework.evaluation import CLAIM_TARGETS, Gate, Target, check_quality, evaluate, monitor, parse_target, scorers, validation_scorers
-from crucible_framework.evaluation.quality import LOWER_IS_BETTER
-from crucible_framework.records import AdamConfig, Evaluation, TrainConfig
+from crucible_framework.records import AdamConfig, Evaluation, TrainConfig, less_is_better
 from crucible_framework.training import Trainer
 
 from .samplers_for_tests import Scripted, labelled, right
@@ -95,7 +94,7 @@ def test_an_evaluation_is_held_against_targets_by_value_or_by_the_bad_end() -> N
 def test_the_usual_targets_name_scorers_that_exist() -> None:
     known = {*scorers.names(), *(scorer.__name__ for scorer in validation_scorers())}
     assert {target.metric for target in CLAIM_TARGETS} <= known
-    assert {"circuit_rank", "cyclic", "chirality", "invented_documents", "polarity_conflict"} <= LOWER_IS_BETTER & known
+    assert {"circuit_rank", "cyclic", "chirality", "invented_documents", "polarity_conflict"} <= {name for name in known if less_is_better(name)}
     perfect = {target.metric: 1.0 if target.direction == "at_least" else 0.0 for target in CLAIM_TARGETS}
     assert check_quality(perfect, CLAIM_TARGETS) == Gate(passed=True, shortfalls=())
     assert not check_quality({**perfect, "invented_documents": 0.02}, CLAIM_TARGETS).passed, "one invented id in fifty is too many"

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from functools import partial
 
 import pytest
@@ -83,8 +84,23 @@ def test_cancel_after_firing_does_nothing_and_leaves_nothing(clock: SystemClock)
     settle(clock)
     assert fired == [1] * 10
     assert clock._heap == []
-    assert not clock._cancelled
-    assert not clock._pending
+
+
+def test_a_cancelled_timer_lets_go_of_its_callback_at_once(clock: SystemClock) -> None:
+    class Request:
+        def end(self) -> None: ...
+
+    waiting = [Request() for _ in range(200)]
+    alive = [weakref.ref(one) for one in waiting]
+    cancels = [clock.call_later(3600.0, one.end) for one in waiting]
+    waiting.clear()
+    for cancel in cancels[:150]:
+        cancel()
+    assert sum(one() is not None for one in alive) == 50
+    assert len(clock._heap) < 100  # not kept until they would have been due
+    for cancel in cancels[150:]:
+        cancel()
+    assert not any(one() is not None for one in alive)
 
 
 def test_cancel_from_within_a_callback(clock: SystemClock) -> None:

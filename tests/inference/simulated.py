@@ -8,7 +8,9 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from crucible_framework.protocols import Sampler
+from crucible_framework.errors import BackendError
+from crucible_framework.inference.promise import Promise
+from crucible_framework.protocols import OnTokens, Sampler
 from crucible_framework.records import Completion, Prompt, SamplingParams
 from crucible_framework.testing import VirtualClock
 
@@ -81,6 +83,59 @@ class Ready:
         future: Future[tuple[float, ...]] = Future()
         future.set_result((-1.0,) * len(completion))
         return future
+
+
+class Talking:
+    """Streams `max_tokens` words, the first after the next of `first_s`, then one every `each_s`; fails after so many, if it is told to."""
+
+    model = "talking"
+
+    def __init__(self, clock: VirtualClock, first_s: Sequence[float] = (1.0,), *, each_s: float = 0.1, word: str = "w", fails_after: int | None = None,
+                 stops: bool = True) -> None:  # fmt: skip
+        self.clock, self.first_s, self.each_s, self.word, self.fails_after, self.stops = clock, first_s, each_s, word, fails_after, stops
+        self.calls = self.given_up = 0
+
+    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
+        future: Future[Completion] = Future()
+        if not self.stops:
+            future.set_running_or_notify_cancel()
+        timer: list[Callable[[], None]] = []
+
+        def say(number: int) -> None:
+            if self.fails_after == number:
+                future.set_exception(BackendError(f"the stream broke off after {number} tokens"))
+                return
+            on_tokens(f"{self.word} ", (number,))
+            if future.cancelled():
+                return
+            if number + 1 < params.max_tokens:
+                timer[:] = [self.clock.call_later(self.each_s, lambda: say(number + 1))]
+                return
+            tokens = tuple(range(params.max_tokens))
+            future.set_result(Completion(text=f"{self.word} " * len(tokens), tokens=tokens, logprobs=(), stop_reason="length", prompt_tokens=10))
+
+        def ended(done: Future[Completion]) -> None:
+            if done.cancelled():
+                self.given_up += 1
+                timer[0]()
+
+        timer.append(self.clock.call_later(self.first_s[self.calls % len(self.first_s)], lambda: say(0)))
+        self.calls += 1
+        future.add_done_callback(ended)
+        return future
+
+    def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:
+        inner = self.stream(prompt, params, lambda text, tokens: None)
+
+        def given_up() -> None:
+            inner.cancel()
+
+        promise: Promise[tuple[Completion, ...]] = Promise(given_up)
+        inner.add_done_callback(lambda done: None if done.cancelled() else promise.give((done.result(),)))
+        return promise.future
+
+    def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
+        raise NotImplementedError
 
 
 def replay(clock: VirtualClock, sampler: Sampler, n: int, apart_s: float, *, count_from: int = 0) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

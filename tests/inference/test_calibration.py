@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import norm
 
 from crucible_framework.errors import ConfigError, TooFewError
-from crucible_framework.inference import LogOdds, abstain_at, dawid_skene, fit_confidence, learn_accuracies, majority, samples_needed
+from crucible_framework.inference import LogOdds, abstain_at, calls_needed, dawid_skene, fit_confidence, learn_accuracies, majority, samples_needed
 from crucible_framework.records import Ballot, Verdict
 
 ACCURACIES = (0.92, 0.62, 0.60, 0.58, 0.55)
@@ -123,3 +123,27 @@ def test_more_samples_can_be_worse() -> None:
     assert samples_needed([0.3])[0] == 1
     with pytest.raises(ConfigError):
         samples_needed([])
+
+
+def test_calls_needed_are_read_from_answers() -> None:
+    rng = np.random.default_rng(0)
+
+    def asked(rate: float, wrong: int) -> list[Ballot]:
+        said = ["right" if rng.random() < rate else f"wrong {rng.integers(wrong)}" for _ in range(9)]
+        return [Ballot(member=f"m#{i}", answer=answer) for i, answer in enumerate(said)]
+
+    easy = [asked(0.6, 10) for _ in range(80)]  # wrong answers differ, so more answers help
+    curve = calls_needed(easy, ["right"] * 80, draws=30)
+    assert curve.accuracy[1].value == pytest.approx(np.mean([[b.answer == "right" for b in row] for row in easy]), abs=0.03)
+    assert curve.accuracy[9].value > 0.9 > curve.accuracy[1].value
+    assert 3 <= curve.enough <= curve.best
+    trap = [asked(0.35, 1) for _ in range(80)]  # wrong answers agree, so more answers harm
+    worse = calls_needed(trap, ["right"] * 80, most=7, draws=30)
+    assert (worse.best, worse.enough, max(worse.accuracy)) == (1, 1, 7)
+    assert worse.accuracy[7].value < worse.accuracy[1].value
+    with pytest.raises(TooFewError, match="9 questions"):
+        calls_needed(easy[:9], ["right"] * 9)
+    with pytest.raises(ConfigError, match="most=10"):
+        calls_needed(easy, ["right"] * 80, most=10)
+    with pytest.raises(ConfigError, match=r"\[8, 9\] ballots"):
+        calls_needed([easy[0][:8], *easy[1:]], ["right"] * 80)

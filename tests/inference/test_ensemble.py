@@ -13,7 +13,20 @@ import pytest
 from crucible_framework.backends import connect
 from crucible_framework.errors import AllMembersFailedError, CapabilityError, ConfigError, NoConsensusError, ServiceError, UnknownNameError
 from crucible_framework.events import collect
-from crucible_framework.inference import Breaker, Calibration, Ensemble, Member, Pool, Price, SelfConsistent, majority_is_safe, token_confidence
+from crucible_framework.inference import (
+    Abstention,
+    Breaker,
+    Calibration,
+    Ensemble,
+    LogOdds,
+    Member,
+    Pool,
+    Price,
+    SelfConsistent,
+    majority_is_safe,
+    read_ranking,
+    token_confidence,
+)
 from crucible_framework.inference.promise import Promise
 from crucible_framework.protocols import Sampler
 from crucible_framework.records import Ballot, Completion, LoraConfig, Prompt, SamplingParams, Verdict
@@ -247,12 +260,44 @@ def test_pool_from_the_registry(tmp_path: Path) -> None:
         for name, loss in (("a", 0.5), ("b", 0.2), ("c", 0.9)):
             checkpoint = backend.download(session.save(name, kind="sampler").result(), tmp_path / name)
             models.register(checkpoint, name, tags={"task": "facts"} if name != "c" else {}, metrics={"loss": loss})
-        assert Pool.from_registry(models, backend, tags={"task": "facts"}, metric="loss", direction="min").names == ("b:1", "a:1")
-        assert Pool.from_registry(models, backend, metric="loss", top=1).names == ("c:1",)
+        assert Pool.from_registry(models, backend, tags={"task": "facts"}, metric="loss").names == ("b:1", "a:1")
+        assert Pool.from_registry(models, backend, metric="loss", top=1).names == ("b:1",)  # of a loss less is better
+        assert Pool.from_registry(models, backend, metric="loss", direction="max", top=1).names == ("c:1",)
         with pytest.raises(ConfigError, match="No registered model"):
             Pool.from_registry(models, backend, metric="accuracy")
         pool = Pool.from_registry(models, backend)
         assert len(Ensemble(pool).ask("Is it?", SamplingParams(max_tokens=4, seed=1)).ballots) == len(pool) == 3
+
+
+def test_rankings_are_read_and_counted() -> None:
+    members = {"a": Ready("Rome > Paris > Oslo"), "b": Ready("1. Oslo\n2. Paris"), "c": Ready("Paris, Rome"), "d": Ready("I don't know")}
+    verdict = Ensemble(members, "instant_runoff", read=read_ranking).ask("?", PARAMS)
+    assert [ballot.ranking for ballot in verdict.ballots] == [("rome", "paris", "oslo"), ("oslo", "paris"), ("paris", "rome"), ()]
+    assert verdict.ballots[3].answer is None
+    assert Ensemble(members, "borda", read=read_ranking).ask("?", PARAMS).answer == "paris"
+    same = Ensemble({"a": Ready("Roma > Paris"), "b": Ready("Rome")}, read=read_ranking, merge=lambda one, other: {one, other} == {"roma", "rome"})
+    assert same.ask("?", PARAMS).scores == {"roma": 2.0}
+
+
+def test_it_abstains_where_it_is_not_sure_enough() -> None:
+    sure = Abstention(threshold=0.8, error=0.05, bound=0.04, answered=90, n=100, level=0.95)
+    members = {"a": Ready("4"), "b": Ready("4"), "c": Ready("5")}
+    verdict = Ensemble(members, confidence=lambda verdict: verdict.agreement, abstain=sure).ask("?", PARAMS)
+    assert (verdict.answer, verdict.text) == (None, "")
+    assert verdict.probability == pytest.approx(2 / 3)
+    assert verdict.reason == "the probability that '4' is right is 0.667, too low to answer"
+    agreed = Ensemble({"a": Ready("4"), "b": Ready("4")}, LogOdds(accuracies={"a": 0.9, "b": 0.9}), abstain=sure).ask("?", PARAMS)
+    assert agreed.answer == "4"
+    with pytest.raises(ConfigError, match="abstains by a probability"):
+        Ensemble(members, abstain=sure)
+
+
+def test_a_cascade_asks_the_cheapest_first() -> None:
+    prices = {"dear": 9.0, "cheap": 1.0, "middle": 3.0}
+    members = [Member(name=name, sampler=Ready("4"), price=Price(input_per_million=0.0, output_per_million=price)) for name, price in prices.items()]
+    for pool, first in ((Pool(members), "cheap"), (Pool([*members, Member(name="unknown", sampler=Ready("4"))]), "dear")):
+        verdict = Ensemble(pool, mode="cascade", confidence=lambda verdict: 1.0).ask("?", PARAMS)
+        assert [ballot.member for ballot in verdict.ballots] == [first]
 
 
 # --------------------------------------------------------------------------------------------------------- self-consistency
@@ -266,6 +311,16 @@ def test_self_consistency_stops_when_enough_agree() -> None:
     assert len(SelfConsistent(Ready("4"), 10, confidence=None).ask("?").ballots) == 10
     assert majority_is_safe({"a": 4})
     assert not majority_is_safe({"a": 3, "b": 1})
+
+
+def test_self_consistency_by_meaning_stops_sooner() -> None:
+    def same(one: str, other: str) -> bool:
+        return {one, other} <= {"auto", "car"}
+
+    said = ("car", "auto", "train")
+    assert SelfConsistent(Ready(*said), 9, batch=3, confidence=0.8).ask("?").tied
+    verdict = SelfConsistent(Ready(*said), 12, batch=3, confidence=0.75, merge=same).ask("?")
+    assert (verdict.answer, verdict.scores) == ("auto", {"auto": 4.0, "train": 2.0})
 
 
 def test_self_consistency_fails_and_cancels() -> None:

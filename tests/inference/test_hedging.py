@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crucible_framework.clock import system_clock
 from crucible_framework.errors import AllMembersFailedError, BackendError, ConfigError, ServiceError
 from crucible_framework.events import collect
 from crucible_framework.inference import Adaptive, Fixed, HedgedSampler, Never, Percentile, Survival, best_hedge, default_policy
@@ -207,6 +210,28 @@ def test_nothing_leaks_after_ten_thousand_cancelled_calls() -> None:
     assert (sampler.stats.in_flight, clock.pending, threading.active_count()) == (0, 0, threads)
 
 
+def test_no_future_and_no_thread_is_left_of_ten_thousand_cancelled_calls_on_the_real_clock() -> None:
+    """Their timers would have been due in an hour; the timer thread is the process's one."""
+    system_clock.call_later(0.0, lambda: None)
+    threads, alive = threading.active_count(), list[weakref.ref[Future[tuple[Completion, ...]]]]()
+
+    class Hanging(Ready):
+        def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:
+            return Future()
+
+    sampler = HedgedSampler(Hanging("x"), Fixed(3600.0), budget=1.0)
+
+    def give_up() -> None:
+        future = sampler.sample("?", PARAMS)
+        alive.append(weakref.ref(future))
+        future.cancel()
+
+    for _ in range(10_000):
+        give_up()
+    gc.collect()
+    assert (threading.active_count() - threads, sum(one() is not None for one in alive), sampler.stats.in_flight) == (0, 0, 0)
+
+
 def test_a_loser_that_cannot_be_cancelled_is_counted_when_it_ends() -> None:
     clock = VirtualClock()
 
@@ -292,6 +317,23 @@ def test_best_hedge_is_as_good_as_a_search() -> None:
     assert best_hedge(s, s, 0.0).gain == 0.0
 
 
+@given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 50), spread=st.sampled_from([0.0, 0.2]))
+def test_the_unit_of_time_does_not_matter(factor: float, seed: int, spread: float) -> None:
+    x, y = np.random.default_rng(seed).lognormal(0, 0.9, (2, 300))
+    one, other = (best_hedge(Survival(x * times), Survival(y * times), 0.05, spread=spread) for times in (1.0, factor))
+    assert other.gain == pytest.approx(one.gain, abs=1e-4)
+    assert other.tail_s == pytest.approx(one.tail_s * factor, rel=1e-3)
+
+
+@given(order=st.permutations(range(60)))
+def test_the_order_of_latencies_does_not_matter(order: list[int]) -> None:
+    rng = np.random.default_rng(1)
+    x, ended = rng.lognormal(0, 0.9, 60), rng.random(60) < 0.8
+    one, other = Survival(x, ended), Survival(x[order], ended[order])
+    assert other.after.tolist() == pytest.approx(one.after.tolist())
+    assert best_hedge(other, other, 0.05).delay_s == pytest.approx(best_hedge(one, one, 0.05).delay_s)
+
+
 def test_percentile_learns_from_elapsed_primaries() -> None:
     policy = Percentile(90, least=10)
     assert policy.plan(REQUEST).delay_s is None
@@ -330,8 +372,9 @@ def traced(name: str, budget: float, n: int, policy: HedgePolicy | None = None) 
     return make, x[n // 6 :]
 
 
-@pytest.mark.parametrize(("name", "budget"), [("bimodal", 0.05), ("rare", 0.02), ("lognormal", 0.05), ("pareto", 0.08)])
+@pytest.mark.parametrize(("name", "budget"), [("bimodal", 0.08), ("rare", 0.02), ("lognormal", 0.05), ("pareto", 0.08)])
 def test_within_three_points_of_the_offline_optimum(name: str, budget: float) -> None:
+    """5 % on the bimodal trace is in `benchmarks/inference.py`: that the budget is the share of slow requests takes a longer trace."""
     make, x = traced(name, budget, 9000)
     tail, extra, ok = run(make, 9000)
     optimum = best_hedge(Survival(x), Survival(x), budget, candidates=800)
@@ -359,7 +402,7 @@ def test_almost_nothing_is_sent_where_hedging_cannot_help() -> None:
     leg.keep = False
     sampler = HedgedSampler(leg, Adaptive(0.05), budget=0.05, clock=clock)
     replay(clock, sampler, 12_000, 50.0)
-    assert sampler.stats.extra <= 0.006  # the first thirty hedges that show it, and probes
+    assert sampler.stats.extra <= 0.003  # the first fifteen hedges that show it, and probes
 
 
 def test_backups_that_always_fail_cost_no_answer() -> None:

@@ -23,6 +23,7 @@ from crucible_framework.inference import (
     Price,
     RoundRobin,
     RoutedSampler,
+    SlidingWindow,
     Thompson,
     Weighted,
     load_router,
@@ -75,7 +76,7 @@ def test_weighted() -> None:
         Weighted({"a": 0.0}).choose(["a"])
 
 
-@pytest.mark.parametrize("make", [lambda: BestPerforming(seed=0), lambda: Thompson(seed=0), KLUCB, LinUCB])
+@pytest.mark.parametrize("make", [lambda: BestPerforming(seed=0), lambda: Thompson(seed=0), lambda: SlidingWindow(seed=0), KLUCB, LinUCB])
 def test_a_model_that_fails_fast_gets_under_five_percent(make: Callable[[], Router]) -> None:
     router, fast = make(), 0
     for _ in range(1000):
@@ -112,6 +113,24 @@ def test_discounted_thompson_follows_a_reversal() -> None:
     assert regret(Thompson(seed=0, discount=0.999), ARMS, 10_000, 100, flip=True) <= 300
 
 
+def test_a_window_forgets_what_is_older() -> None:
+    router = SlidingWindow(window=50, seed=0)
+    for won in (1.0, 0.0):
+        for _ in range(50):
+            router.observe("a", reward=won, cost=0.0, latency_s=1.0, ok=True)
+    fresh = SlidingWindow(window=50, seed=0)
+    for _ in range(50):
+        fresh.observe("a", reward=0.0, cost=0.0, latency_s=1.0, ok=True)
+    assert router.state() == fresh.state()
+    assert router.probabilities(["a", "b"]).tolist() == fresh.probabilities(["a", "b"]).tolist()
+    assert regret(SlidingWindow(window=400, seed=1), ARMS, 4000, 1, flip=True) < regret(Thompson(seed=1), ARMS, 4000, 1, flip=True)
+    for damaged in ({"recent": 3}, {"recent": [["a", 2.0]]}, {}):
+        with pytest.raises(ConfigError):
+            router.restore(damaged)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="window is 0"):
+        SlidingWindow(window=0)
+
+
 def test_the_other_bandits_regret_less_than_a_random_choice() -> None:
     random_choice = 2500 * (0.9 - sum(ARMS) / 5)
     assert regret(KLUCB(), ARMS, 2500, 1) < random_choice / 4
@@ -133,7 +152,8 @@ def test_lin_ucb_learns_which_prompts_suit_whom() -> None:
     assert lost <= 60
 
 
-@pytest.mark.parametrize("make", [RoundRobin, LeastLoaded, Weighted, lambda: BestPerforming(explore=0.0), lambda: Thompson(seed=3), KLUCB, EXP3, LinUCB])
+@pytest.mark.parametrize("make", [RoundRobin, LeastLoaded, Weighted, lambda: BestPerforming(explore=0.0), lambda: Thompson(seed=3),
+                                  lambda: SlidingWindow(window=30, seed=3), KLUCB, EXP3, LinUCB])  # fmt: skip
 def test_what_was_learned_is_kept(make: Callable[[], Router], tmp_path: Path) -> None:
     router = make()
     for i in range(50):

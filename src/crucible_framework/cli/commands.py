@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,21 +21,19 @@ from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
 from ..losses import resolve
 from ..protocols import Sampler
-from ..records import Evaluation, Message, SamplingParams
+from ..records import Evaluation, SamplingParams
 from ..reports import write_report
 from ..reports.study import is_study, write_study_report
 from ..store import Checkpoints, Models, list_runs, load_checkpoint, read_run
 from ..training import Trainer, progress_bar, received_signal
 from . import show
+from .asking import sample
 from .checkup import examine
-from .jobs import DataChoice, chat, load_data, load_job, resolve_model
+from .jobs import DataChoice, load_data, load_job, resolve_model
 from .reply import Reply, typed
 
 __all__ = ["register"]
 
-Prompt = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
-Interactive = Annotated[bool, Parameter(name=["--interactive", "-i"])]
-Count = Annotated[int, Parameter(name=["--n", "-n"])]
 Settings = Annotated[list[str] | None, Parameter(name="--set", help="A key of the configuration, `lora.rank=8`; may be given again.")]
 
 
@@ -101,40 +98,6 @@ def train(
     )
     code = 128 + (received_signal() or signal.SIGINT) if result.stopped == "signal" else 0
     return Reply(result, text + (f"\nStopped by a signal; go on with --resume --folder {job.folder}." if code else ""), code)
-
-
-def sample(
-    model: str, prompt: Prompt = None, /, *, interactive: Interactive = False, system: str | None = None, n: Count = 1, max_tokens: int = 128,
-    temperature: float = 0.7, top_k: int = 0, top_p: float = 1.0, stop: list[str] | None = None, seed: int | None = None, backend: str = "local",
-) -> Reply:  # fmt: skip
-    """Ask a base model, a run, a checkpoint or a registered model.
-
-    Args:
-        model: a base model's name, a run or checkpoint folder, or `name`, `name:version`, `name@production`.
-        prompt: one user turn; `-` reads standard input.
-        interactive: chat; an empty line or Ctrl-D ends it.
-        system: a system message before it.
-        n: answers.
-        max_tokens: tokens per answer at the most.
-        temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with this mass.
-        stop: a text that ends the answer; may be given again.
-        seed: the same seed gives the same answers.
-        backend: local or fake.
-    """
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop or ()), seed=seed)
-    if prompt is None and not interactive:
-        raise ConfigError("There is no prompt. Give one after the model, `-` for standard input, or -i for a chat.")
-    with connect(backend) as engine:
-        asked = engine.sampler(resolve_model(model))
-        first = (Message(role="system", content=system),) if system else ()
-        if interactive:
-            talk = chat(asked, params, first)
-            return Reply(talk, "" if sys.stdin.isatty() else "\n".join(answer.text for answer in talk))
-        words = sys.stdin.read() if prompt == "-" else prompt or ""
-        answers = asked.sample((*first, Message(role="user", content=words)), params, n).result()
-    return Reply(answers, "\n---\n".join(answer.text for answer in answers))
 
 
 def score(

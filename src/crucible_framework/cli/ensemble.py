@@ -1,63 +1,26 @@
-"""`crucible ensemble`: several models answer, a rule decides; and what `crucible sample --hedge --route` puts around a model."""
+"""`crucible ensemble`: several models answer, a rule decides."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from ..backends import connect
 from ..errors import ConfigError
-from ..inference import Ensemble, HedgedSampler, Member, Pool, RoutedSampler, load_router, routers, save_router
+from ..inference import Ensemble
 from ..inference.answers import Kind
-from ..protocols import Backend, Sampler
 from ..records import SamplingParams, Verdict
 from . import show
-from .jobs import resolve_model
+from .asking import pool_of
 from .reply import Reply
 
-__all__ = ["ensemble", "hedged", "register", "routed"]
+__all__ = ["ensemble", "register"]
 
 Prompt = Annotated[str, Parameter(name=["--prompt", "-p"], allow_leading_hyphen=True)]
 Models = Annotated[list[str], Parameter(help="Two or more: a base model, a run or checkpoint folder, or a registered model; the order is that of asking.")]
-
-
-def pool_of(engine: Backend, models: list[str]) -> Pool:
-    """The models by their names; one named twice is asked twice."""
-    seen: dict[str, int] = {}
-    members: list[Member] = []
-    for reference in models:
-        seen[reference] = seen.get(reference, 0) + 1
-        name = reference if seen[reference] == 1 else f"{reference} ({seen[reference]})"
-        members.append(Member(name=name, sampler=engine.sampler(resolve_model(reference))))
-    return Pool(members)
-
-
-def hedged(sampler: Sampler, service: str, *, delay_s: float | None = None) -> Sampler:
-    """The sampler asked a second time when it is slow: after `delay_s`, or as learned; off on Tinker services unless a delay is given."""
-    from ..inference import Fixed, default_policy
-
-    if delay_s is not None:
-        return HedgedSampler(sampler, Fixed(delay_s), budget=1.0)
-    return HedgedSampler(sampler, default_policy(service))
-
-
-def routed(engine: Backend, models: list[str], router: str, state: Path | None = None) -> tuple[Sampler, RoutedSampler]:
-    """One sampler for several models. `state`, where it exists, is what the router learned before; `save_router(…)` keeps it again."""
-    chosen = routers.get(router)()
-    if state is not None and state.exists():
-        load_router(chosen, state)
-    made = RoutedSampler(pool_of(engine, models), chosen)
-    return made, made
-
-
-def keep(sampler: RoutedSampler, state: Path | None) -> None:
-    """Saves what the router has learned, where a file was named."""
-    if state is not None:
-        save_router(sampler.router, state)
 
 
 def ensemble(

@@ -13,13 +13,11 @@ from typing import Literal, Protocol, TypeAlias
 
 from ..errors import ConfigError
 from ..events import emit
-from ..records import Evaluation, record
+from ..records import Evaluation, less_is_better, record
 
-__all__ = ["CLAIM_TARGETS", "LOWER_IS_BETTER", "Gate", "Shortfall", "Target", "check_quality", "monitor", "parse_target"]
+__all__ = ["CLAIM_TARGETS", "Gate", "Shortfall", "Target", "check_quality", "monitor", "parse_target"]
 
 Direction: TypeAlias = Literal["at_least", "at_most"]
-LOWER_IS_BETTER = frozenset({"circuit_rank", "cyclic", "chirality", "invented_documents", "loss", "perplexity", "polarity_conflict", "target_nll"})
-"""Metrics, by the last part of their name, where less is better; a target that asks for more of them is refused."""
 _TARGET = re.compile(r"\s*(?P<metric>[^\s<>=]+)\s*(?P<sign><=|>=)\s*(?P<limit>[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
 
 
@@ -36,7 +34,7 @@ class Target:
             raise ConfigError(f"Target.direction is {self.direction!r}; expected 'at_least' or 'at_most'.")
         if not self.metric or not math.isfinite(self.limit):
             raise ConfigError(f"The target of {self.metric!r} has the limit {self.limit!r}; expected a metric's name and a finite number.")
-        if self.direction == "at_least" and self.metric.rpartition("/")[2] in LOWER_IS_BETTER:
+        if self.direction == "at_least" and less_is_better(self.metric):
             raise ConfigError(
                 f"The target asks for at least {self.limit:g} of {self.metric!r}, of which less is better. Write '{self.metric}<={self.limit:g}'."
             )

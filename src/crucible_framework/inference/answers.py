@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..records import record
 from .quantities import last_quantity, quantity, show_number
 
-__all__ = ["Equal", "Kind", "Reading", "by_embedding", "merge_by_meaning", "read_answer", "same_answer"]
+__all__ = ["Equal", "Kind", "Reading", "by_embedding", "merge_by_meaning", "read_answer", "read_ranking", "same_answer"]
 
 Kind: TypeAlias = Literal["auto", "text", "number", "choice", "boolean", "date", "json"]
 Equal: TypeAlias = Callable[[str, str], bool]
@@ -219,6 +219,17 @@ def read_answer(text: str, reading: Reading | Kind = "auto") -> str | None:
     if how.kind == "text":
         return _text(part)
     return _json(part if announced else text) or _number(part, how, anywhere=False) or _date(part, how) or _boolean(part, anywhere=False) or _text(part)
+
+
+def read_ranking(text: str, reading: Reading | Kind = "text") -> tuple[str, ...]:
+    """Several answers, best first: "A > B > C", one a line (numbered, bulleted or bare), or separated by commas; each in normal form, once."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    listed = [match[1] for line in lines if (match := re.fullmatch(r"(?:\(?\d{1,2}[.):]|[-*•])\s*(.+)", line))]
+    if len(listed) < 2:
+        part = _stated(text)
+        listed = part.split(">") if ">" in part else lines if len(lines) > 1 else part.split(",")
+    found = (read_answer(one.strip(), reading) for one in listed)
+    return tuple(dict.fromkeys(one for one in found if one is not None))
 
 
 def same_answer(first: str, second: str, reading: Reading | Kind = "auto") -> bool:

@@ -1,7 +1,8 @@
 """Routers: which of several models gets the next request. Numbers in, a name out; knows no samplers and no clock.
 
 All learn from rewards in [0, 1] and give their state as JSON values. Those with `scores` give an index per model, of which the largest is
-chosen; a cost ceiling (`routing.Ceiling`) prices it. Models that were never tried are tried first.
+chosen; a cost ceiling (`routing.Ceiling`) prices it. Those that draw say with `probabilities` how likely each choice is, which a log needs to
+be of use later (`offpolicy.py`). Models that were never tried are tried first.
 """
 
 # ruff: noqa: ARG002 - every router is told everything and uses what it can
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, cast
 
@@ -20,14 +22,15 @@ from ..plugins import Registry
 from ..protocols import Router
 from ..records import Json
 
-__all__ = ["EXP3", "KLUCB", "BestPerforming", "LeastLoaded", "LinUCB", "RoundRobin", "Thompson", "Weighted", "routers"]
+__all__ = ["EXP3", "KLUCB", "BestPerforming", "LeastLoaded", "RoundRobin", "SlidingWindow", "Thompson", "Weighted", "routers"]
 
 Context: TypeAlias = NDArray[np.float64] | None
 _TABLE = {
     "round_robin": "RoundRobin", "least_loaded": "LeastLoaded", "weighted": "Weighted", "best_performing": "BestPerforming",
-    "thompson": "Thompson", "kl_ucb": "KLUCB", "exp3": "EXP3", "lin_ucb": "LinUCB",
+    "thompson": "Thompson", "kl_ucb": "KLUCB", "exp3": "EXP3", "sliding_window": "SlidingWindow",
 }  # fmt: skip
-routers: Registry[type[Router]] = Registry("router", {name: f"crucible_framework.inference.bandits:{cls}" for name, cls in _TABLE.items()})
+_ROWS = {name: f"crucible_framework.inference.bandits:{cls}" for name, cls in _TABLE.items()} | {"lin_ucb": "crucible_framework.inference.linear:LinUCB"}
+routers: Registry[type[Router]] = Registry("router", _ROWS)
 """Names to router classes; those of the table can be made without arguments."""
 
 
@@ -43,7 +46,8 @@ def numbers(state: Mapping[str, Json], key: str) -> dict[str, float]:
     return {name: float(cast("float", value)) for name, value in table.items()}
 
 
-def _unit(reward: float) -> float:
+def unit_reward(reward: float) -> float:
+    """The reward, if it is one."""
     if not 0 <= reward <= 1:
         raise ConfigError(f"The reward is {reward!r}; expected a number in [0, 1]. Scale it.")
     return reward
@@ -125,13 +129,17 @@ class Weighted(_Tables):
             raise ConfigError(f"The routing weights are {self._weights!r}; expected finite numbers of at least 0.")
         self._rng = np.random.default_rng(seed)
 
-    def choose(self, names: Sequence[str], context: Context = None) -> str:
-        """A weighted draw."""
+    def probabilities(self, names: Sequence[str], context: Context = None) -> NDArray[np.float64]:
+        """With which probability each would be chosen now."""
         weights = np.array([self._weights.get(name, 1.0) for name in names])
         if not weights.sum() > 0:
             raise ConfigError(f"The routing weights of {list(names)!r} are all 0; expected at least one above.")
+        return np.asarray(weights / weights.sum(), dtype=np.float64)
+
+    def choose(self, names: Sequence[str], context: Context = None) -> str:
+        """A weighted draw."""
         with self._lock:
-            return names[int(self._rng.choice(len(names), p=weights / weights.sum()))]
+            return names[int(self._rng.choice(len(names), p=self.probabilities(names)))]
 
 
 class BestPerforming(_Tables):
@@ -154,6 +162,13 @@ class BestPerforming(_Tables):
             slowest = max((self._row("latency", n) / self._row("count", n) for n in names if self._row("count", n)), default=0.0) or 1.0
             return {n: self._row("reward", n) / c + 0.01 * (1 - self._row("latency", n) / c / slowest) if (c := self._row("count", n)) else 2.0 for n in names}
 
+    def probabilities(self, names: Sequence[str], context: Context = None) -> NDArray[np.float64]:
+        """With which probability each would be chosen now."""
+        scores = self.scores(names)
+        chances = np.full(len(names), self._explore / len(names))
+        chances[int(np.argmax([scores[name] for name in names]))] += 1 - self._explore
+        return chances
+
     def choose(self, names: Sequence[str], context: Context = None) -> str:
         """The best, or a random one."""
         with self._lock:
@@ -165,7 +180,7 @@ class BestPerforming(_Tables):
     def observe(self, name: str, *, reward: float, cost: float, latency_s: float, ok: bool, context: Context = None) -> None:
         """Adds to the fading means."""
         with self._lock:
-            for table, value in (("count", 1.0), ("reward", _unit(reward) if ok else 0.0), ("latency", latency_s)):
+            for table, value in (("count", 1.0), ("reward", unit_reward(reward) if ok else 0.0), ("latency", latency_s)):
                 self._t[table][name] = self._row(table, name) * self._decay + value
 
 
@@ -194,6 +209,20 @@ class Thompson(_Tables):
             bad = [1.0 + self._row("bad", name) for name in names]
             return dict(zip(names, self._rng.beta(good, bad).tolist(), strict=True))
 
+    def probabilities(self, names: Sequence[str], context: Context = None) -> NDArray[np.float64]:
+        """With which probability each draw would be the largest: for each model the mean, over its own posterior, of the others being less."""
+        from scipy.special import betainc, betaincinv
+
+        with self._lock:
+            good = np.array([1.0 + self._row("good", name) for name in names])
+            bad = np.array([1.0 + self._row("bad", name) for name in names])
+        middles = (np.arange(256) + 0.5) / 256
+        at = betaincinv(good[:, None], bad[:, None], middles)  # models × points of equal posterior mass
+        below = betainc(good[None, :, None], bad[None, :, None], at[:, None, :])  # P(model j below a point of model i)
+        below[np.arange(len(names)), np.arange(len(names))] = 1.0
+        chances = below.prod(axis=1).mean(axis=1)
+        return np.asarray(chances / chances.sum(), dtype=np.float64)
+
     def choose(self, names: Sequence[str], context: Context = None) -> str:
         """The largest draw."""
         scores = self.scores(names, context)
@@ -201,7 +230,7 @@ class Thompson(_Tables):
 
     def observe(self, name: str, *, reward: float, cost: float, latency_s: float, ok: bool, context: Context = None) -> None:
         """Updates the posterior."""
-        won = _unit(reward) if ok else 0.0
+        won = unit_reward(reward) if ok else 0.0
         with self._lock:
             if self._discount < 1:
                 for table in self._t.values():
@@ -209,6 +238,48 @@ class Thompson(_Tables):
                         table[one] *= self._discount
             self._add("good", name, won)
             self._add("bad", name, 1 - won)
+
+
+class SlidingWindow(Thompson):
+    """Thompson sampling on the last `window` observations of the router alone: what is older is forgotten at once, not faded.
+
+    Source: Trovò et al. 2020, "Sliding-Window Thompson Sampling for Non-Stationary Environments" (JAIR 68).
+    """
+
+    def __init__(self, *, window: int = 1000, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        if window < 1:
+            raise ConfigError(f"SlidingWindow.window is {window!r}; expected a whole number of at least 1.")
+        self._window = window
+        self._recent: deque[tuple[str, float]] = deque()
+
+    def observe(self, name: str, *, reward: float, cost: float, latency_s: float, ok: bool, context: Context = None) -> None:
+        """Takes one in, and the oldest out."""
+        won = unit_reward(reward) if ok else 0.0
+        with self._lock:
+            self._recent.append((name, won))
+            super().observe(name, reward=won, cost=cost, latency_s=latency_s, ok=True)
+            if len(self._recent) > self._window:
+                old, its = self._recent.popleft()
+                self._t["good"][old] = max(0.0, self._row("good", old) - its)
+                self._t["bad"][old] = max(0.0, self._row("bad", old) - (1 - its))
+
+    def state(self) -> dict[str, Json]:
+        """The observations in the window, oldest first."""
+        with self._lock:
+            return {"recent": cast("Json", [[name, won] for name, won in self._recent])}
+
+    def restore(self, state: Mapping[str, Json]) -> None:
+        """Takes a saved state in place of its own."""
+        rows = state.get("recent")
+        fits = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) for row in rows)
+        if not fits:
+            raise ConfigError(f"The router's state holds recent={rows!r:.80}; expected pairs of a name and a reward. It was saved by another router.")
+        pairs = [(str(name), unit_reward(float(won))) for name, won in cast("list[tuple[str, float]]", rows)]
+        with self._lock:
+            self._t, self._recent = {table: {} for table in self.tables}, deque()
+            for name, won in pairs:
+                self.observe(name, reward=won, cost=0.0, latency_s=0.0, ok=True)
 
 
 def _kl(p: float, q: float) -> float:
@@ -250,7 +321,7 @@ class KLUCB(_Tables):
         """Adds to the mean."""
         with self._lock:
             self._add("count", name, 1)
-            self._add("reward", name, _unit(reward) if ok else 0.0)
+            self._add("reward", name, unit_reward(reward) if ok else 0.0)
 
 
 class EXP3(_Tables):
@@ -273,7 +344,7 @@ class EXP3(_Tables):
         self._rate, self._explore, self._rng = rate, explore, np.random.default_rng(seed)
         self._names: tuple[str, ...] = ()
 
-    def probabilities(self, names: Sequence[str]) -> NDArray[np.float64]:
+    def probabilities(self, names: Sequence[str], context: Context = None) -> NDArray[np.float64]:
         """With which probability each would be chosen now."""
         with self._lock:
             count = len(names)
@@ -294,85 +365,5 @@ class EXP3(_Tables):
         with self._lock:
             names = self._names if name in self._names else (*self._names, name)
             chance = float(self.probabilities(names)[names.index(name)])
-            self._add("loss", name, (1 - (_unit(reward) if ok else 0.0)) / chance)
+            self._add("loss", name, (1 - (unit_reward(reward) if ok else 0.0)) / chance)
             self._add("count", name, 1)
-
-
-class LinUCB:
-    """A linear model of the reward per model over features of the prompt, and the largest upper bound.
-
-    score = θ·x + alpha √(xᵀ A⁻¹ x), with A = ridge I + Σ x xᵀ, θ = A⁻¹ Σ reward x. Source: Li et al. 2010, arXiv 1003.0146 (disjoint).
-
-    Args:
-        alpha: how much uncertainty counts.
-        ridge: how strongly θ is held at 0.
-        discount: what an observation still weighs after each further one of that model; 1 forgets nothing.
-    """
-
-    def __init__(self, *, alpha: float = 0.6, ridge: float = 1.0, discount: float = 1.0) -> None:
-        if not alpha >= 0 or not ridge > 0 or not 0 < discount <= 1:
-            raise ConfigError(f"LinUCB has alpha={alpha!r}, ridge={ridge!r}, discount={discount!r}; expected ≥ 0, > 0 and (0, 1].")
-        self._alpha, self._ridge, self._discount = alpha, ridge, discount
-        self._lock = threading.RLock()
-        self._inverse: dict[str, NDArray[np.float64]] = {}
-        self._sums: dict[str, NDArray[np.float64]] = {}
-
-    def _vector(self, context: Context) -> NDArray[np.float64]:
-        vector = np.ones(1) if context is None else np.asarray(context, dtype=np.float64)
-        known = next(iter(self._sums.values()), vector)
-        if vector.ndim != 1 or vector.shape != known.shape or not np.isfinite(vector).all():
-            raise ConfigError(f"The context has shape {vector.shape}; expected one dimension of {len(known)} finite numbers, as before.")
-        return vector
-
-    def scores(self, names: Sequence[str], context: Context = None) -> dict[str, float]:
-        """The upper bound per model."""
-        with self._lock:
-            x = self._vector(context)
-            found: dict[str, float] = {}
-            for name in names:
-                if name not in self._sums:
-                    found[name] = self._alpha * math.sqrt(float(x @ x) / self._ridge)
-                    continue
-                spread = self._inverse[name] @ x
-                found[name] = float(self._sums[name] @ spread + self._alpha * math.sqrt(max(0.0, float(x @ spread))))
-            return found
-
-    def choose(self, names: Sequence[str], context: Context = None) -> str:
-        """The largest bound; one that was never tried first."""
-        with self._lock:
-            self._vector(context)
-            new = next((name for name in names if name not in self._sums), None)
-            if new is not None:
-                return new
-            scores = self.scores(names, context)
-            return max(names, key=lambda name: scores[name])
-
-    def observe(self, name: str, *, reward: float, cost: float, latency_s: float, ok: bool, context: Context = None) -> None:
-        """One recursive least-squares step (Sherman & Morrison 1950)."""
-        with self._lock:
-            x = self._vector(context)
-            inverse = self._inverse.get(name, np.eye(len(x)) / self._ridge) / self._discount
-            spread = inverse @ x
-            self._inverse[name] = inverse - np.outer(spread, spread) / (1 + float(x @ spread))
-            self._sums[name] = self._sums.get(name, np.zeros(len(x))) * self._discount + (_unit(reward) if ok else 0.0) * x
-
-    def state(self) -> dict[str, Json]:
-        """All that was learned, as JSON values."""
-        with self._lock:
-            return {name: cast("Json", {"inverse": self._inverse[name].tolist(), "sums": self._sums[name].tolist()}) for name in self._sums}
-
-    def restore(self, state: Mapping[str, Json]) -> None:
-        """Takes a saved state in place of its own."""
-        inverse: dict[str, NDArray[np.float64]] = {}
-        sums: dict[str, NDArray[np.float64]] = {}
-        for name, one in state.items():
-            try:
-                both = cast("dict[str, list[float]]", one)
-                inverse[name], sums[name] = np.array(both["inverse"], dtype=np.float64), np.array(both["sums"], dtype=np.float64)
-                fits = inverse[name].shape == (len(sums[name]), len(sums[name]))
-            except (KeyError, TypeError, ValueError):
-                fits = False
-            if not fits:
-                raise ConfigError(f"The router's state of {name!r} is no pair of a square matrix and a vector. It was saved by another router, or is damaged.")
-        with self._lock:
-            self._inverse, self._sums = inverse, sums

@@ -13,9 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, TooFewError
-from ..records import Ballot, Verdict, record
+from ..protocols import Vote
+from ..records import Ballot, Estimate, Verdict, record
+from .voting import votes
 
-__all__ = ["Abstention", "Calibration", "abstain_at", "dawid_skene", "fit_confidence", "learn_accuracies", "majority_is_safe", "samples_needed"]
+__all__ = [
+    "Abstention",
+    "Calibration",
+    "CallCurve",
+    "abstain_at",
+    "calls_needed",
+    "dawid_skene",
+    "fit_confidence",
+    "learn_accuracies",
+    "majority_is_safe",
+    "samples_needed",
+]
 
 Floats = NDArray[np.float64]
 
@@ -196,6 +209,64 @@ def majority_is_safe(counts: Mapping[str, int], confidence: float = 0.95) -> boo
     tosses = first + second + 1
     ahead = sum(math.comb(tosses, k) for k in range(first + 1)) / float(2**tosses)
     return bool(ahead >= confidence)
+
+
+@record
+class CallCurve:
+    """How right a vote is by the number of answers that it is on.
+
+    Attributes:
+        accuracy: per number of answers the expected share of right verdicts, over questions.
+        best: the number of the highest; more can be worse.
+        enough: the least number that is not shown to be worse than `best` on these questions.
+    """
+
+    accuracy: Mapping[int, Estimate]
+    best: int
+    enough: int
+
+
+def calls_needed(
+    history: Sequence[Sequence[Ballot]], truths: Sequence[str], vote: str | Vote = "majority", *, most: int | None = None, draws: int = 100,
+    level: float = 0.95, seed: int = 0,
+) -> CallCurve:  # fmt: skip
+    """How many answers a vote should take, from questions that were answered many times: nothing is assumed about the errors.
+
+    For each number n every question votes on `draws` random n of its ballots; that is what n calls would have said. Intervals are over
+    questions, and `enough` compares paired. Ballots of failed members stay in, as they would.
+
+    Args:
+        history: the ballots of each question, equally many, say 10 answers of one model (`SelfConsistent(sampler, 10, confidence=None)`) or of a pool.
+        truths: the right answers in normal form.
+        vote: a registered rule, or your own.
+        most: the largest n; all ballots where None.
+        draws: per question and n.
+        level: of the intervals.
+        seed: of the draws.
+
+    Raises:
+        TooFewError: fewer than 10 questions.
+        ConfigError: the questions have different numbers of ballots, or `most` is more.
+    """
+    from ..stats import mean_estimate
+
+    sizes = {len(ballots) for ballots in history}
+    if len(history) < 10 or len(history) != len(truths):
+        raise TooFewError(f"calls_needed got {len(history)} questions and {len(truths)} answers; expected at least 10, and as many answers.")
+    if len(sizes) != 1 or not 1 <= (most or 1) <= max(sizes):
+        raise ConfigError(f"The questions have {sorted(sizes)} ballots with most={most!r}; expected one number of ballots, and most within it.")
+    rule, rng = votes.get(vote), np.random.default_rng(seed)
+    right: dict[int, Floats] = {}
+    for n in range(1, (most or max(sizes)) + 1):
+        right[n] = np.zeros(len(history))
+        for i, (ballots, truth) in enumerate(zip(history, truths, strict=True)):
+            several = 1 if n == len(ballots) else draws
+            picks = (rng.permutation(len(ballots))[:n] for _ in range(several))
+            right[n][i] = np.mean([rule([ballots[j] for j in pick]).answer == truth for pick in picks])
+    accuracy = {n: mean_estimate(f"{n} answers", values.tolist(), level=level) for n, values in right.items()}
+    best = max(right, key=lambda n: (round(float(right[n].mean()), 12), -n))
+    lost = {n: mean_estimate("lost", (right[best] - values).tolist(), level=level) for n, values in right.items() if n < best}
+    return CallCurve(accuracy=accuracy, best=best, enough=next((n for n, one in lost.items() if one.low <= 0), best))
 
 
 def samples_needed(rates: Sequence[float], most: int = 41) -> tuple[int, dict[int, float]]:

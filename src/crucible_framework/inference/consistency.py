@@ -11,8 +11,9 @@ from ..clock import system_clock
 from ..errors import ConfigError
 from ..protocols import Clock, Sampler, Vote
 from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
+from .answers import Equal
 from .calibration import majority_is_safe
-from .ensemble import Read, ballot_of, gathered, winners_completion
+from .ensemble import Read, ballot_of, gathered, merged_ballots, winners_completion
 from .pool import Member
 from .promise import Promise
 from .voting import votes
@@ -30,6 +31,7 @@ class SelfConsistent:
         confidence: stops once the leading answer would stay ahead with this probability; None draws all.
         vote: a registered rule, or your own.
         read: how answers are read.
+        merge: makes answers of one meaning one, where the rules of `read` do not.
         clock: for the verdict's duration.
     """
 
@@ -42,13 +44,14 @@ class SelfConsistent:
         confidence: float | None = 0.95,
         vote: str | Vote = "majority",
         read: Read = "auto",
+        merge: Equal | None = None,
         clock: Clock = system_clock,
     ) -> None:
         if samples < 1 or batch < 1 or (confidence is not None and not 0.5 < confidence < 1):
             raise ConfigError(f"SelfConsistent has samples={samples!r}, batch={batch!r}, confidence={confidence!r}; expected ≥ 1, ≥ 1 and (0.5, 1) or none.")
         self.sampler, self.samples, self.batch, self.confidence = sampler, samples, batch, confidence
         self.read: Read = read
-        self.vote, self.clock = votes.get(vote), clock
+        self.vote, self.merge, self.clock = votes.get(vote), merge, clock
 
     @property
     def model(self) -> str:
@@ -122,7 +125,7 @@ class _Draws:
             if len(self.ballots) < self.owner.samples and not self._enough():
                 self._more()
                 return
-            verdict = replace(self.owner.vote(self.ballots), duration_s=self.owner.clock.now() - self.start_s)
+            verdict = replace(self.owner.vote(self._cast()), duration_s=self.owner.clock.now() - self.start_s)
         except Exception as error:
             self.promise.fail(error)
             return
@@ -134,10 +137,14 @@ class _Draws:
         )  # fmt: skip
         self.promise.give(verdict)
 
+    def _cast(self) -> tuple[Ballot, ...]:
+        cast, merge = tuple(self.ballots), self.owner.merge
+        return cast if merge is None else merged_ballots(cast, merge)
+
     def _enough(self) -> bool:
         if self.owner.confidence is None:
             return False
-        answers = [ballot.answer for ballot in self.ballots if ballot.answer is not None]
+        answers = [ballot.answer for ballot in self._cast() if ballot.answer is not None]
         return majority_is_safe({answer: answers.count(answer) for answer in answers}, self.owner.confidence)
 
     def _given_up(self) -> None:

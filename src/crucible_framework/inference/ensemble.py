@@ -7,7 +7,7 @@ rule counts is in `voting.py`, how answers are read in `answers.py`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeAlias
@@ -20,13 +20,14 @@ from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
 from .answers import Equal, Kind, Reading, merge_by_meaning, read_answer
 from .pool import Breaker, Member, Pool, token_confidence
 from .promise import Promise, failure_of
-from .voting import settled, votes
+from .voting import LogOdds, settled, votes
 
 __all__ = ["Confidence", "Ensemble", "Mode", "Read"]
 
 Mode: TypeAlias = Literal["parallel", "sequential", "hedged", "cascade"]
-Read: TypeAlias = Reading | Kind | Callable[[str], str | None]
-"""How the answer is read out of a text: a kind, a `Reading`, or a function of your own (None: an abstention)."""
+Read: TypeAlias = Reading | Kind | Callable[[str], "str | Sequence[str] | None"]
+"""How the answer is read out of a text: a kind, a `Reading`, or a function of your own. None is an abstention, several answers are a ranking,
+best first (`read_ranking`), which `borda` and `instant_runoff` count."""
 Confidence: TypeAlias = Callable[[Verdict], float | None]
 """The probability that a verdict is right, None where it cannot be said: see `calibration.fit_confidence`."""
 _DEFAULT = SamplingParams(max_tokens=64, temperature=0.7)
@@ -34,10 +35,12 @@ _DEFAULT = SamplingParams(max_tokens=64, temperature=0.7)
 
 def ballot_of(member: Member, completion: Completion, read: Read, latency_s: float) -> Ballot:
     """What a completion votes for."""
-    answer = read(completion.text) if callable(read) else read_answer(completion.text, read)
+    found = read(completion.text) if callable(read) else read_answer(completion.text, read)
+    ranking = () if found is None or isinstance(found, str) else tuple(found)
     return Ballot(
         member=member.name,
-        answer=answer,
+        answer=found if found is None or isinstance(found, str) else next(iter(ranking), None),
+        ranking=ranking,
         text=completion.text,
         confidence=token_confidence(completion),
         weight=member.weight,
@@ -51,15 +54,17 @@ class Ensemble:
     """Asks the members of a pool and votes.
 
     Args:
-        pool: the members, in the order in which "sequential", "hedged" and "cascade" ask them.
+        pool: the members, in the order in which "sequential" and "hedged" ask them.
         vote: a registered rule, or any function from ballots to a verdict.
         mode: "parallel" asks all at once; "sequential" one after the other, until the rest cannot change the outcome; "hedged" asks
             `quorum` members, a further one for each that fails or is not done after another `hedge_delay_s`, and votes on the first
-            `quorum` answers; "cascade" one after the other, until `confidence` says `stop_at` or more.
+            `quorum` answers; "cascade" one after the other, the cheapest first where all have
+            a price, until `confidence` says `stop_at` or more.
         read: how answers are read.
         merge: makes answers of one meaning one, where the rules of `read` do not.
         confidence: sets the verdict's `probability`; needed by "cascade".
         stop_at: the probability at which a cascade stops.
+        abstain: says of a verdict's probability whether to answer; see `abstain_at`, which promises an error rate.
         quorum: members that must not fail.
         deadline_s: after it the vote is on what has come; members that are late count as failed.
         hedge_delay_s: of "hedged".
@@ -80,6 +85,7 @@ class Ensemble:
         merge: Equal | None = None,
         confidence: Confidence | None = None,
         stop_at: float = 0.9,
+        abstain: Callable[[float | None], bool] | None = None,
         quorum: int = 1,
         deadline_s: float | None = None,
         hedge_delay_s: float = 1.0,
@@ -88,6 +94,7 @@ class Ensemble:
         retry_after_s: float = 30.0,
     ) -> None:
         self.pool = pool if isinstance(pool, Pool) else Pool(pool)
+        self.vote: Vote = votes.get(vote)
         if mode not in ("parallel", "sequential", "hedged", "cascade"):
             raise ConfigError(f"Ensemble.mode is {mode!r}; expected 'parallel', 'sequential', 'hedged' or 'cascade'.")
         if not 1 <= quorum <= len(self.pool):
@@ -96,11 +103,13 @@ class Ensemble:
             raise ConfigError(
                 "A cascade stops at a calibrated confidence and got none. Fit one on labelled answers: confidence=fit_confidence(verdicts, right)."
             )
+        if abstain is not None and confidence is None and not isinstance(self.vote, LogOdds):
+            raise ConfigError("An ensemble abstains by a probability and knows none. Fit one on labelled answers: confidence=fit_confidence(verdicts, right).")
         if not 0 < stop_at <= 1 or hedge_delay_s < 0 or (deadline_s is not None and not deadline_s > 0):
             raise ConfigError(f"Ensemble has stop_at={stop_at!r}, hedge_delay_s={hedge_delay_s!r}, deadline_s={deadline_s!r}; expected (0, 1], ≥ 0 and > 0.")
         self.mode: Mode = mode
         self.read: Read = read
-        self.vote, self.merge = votes.get(vote), merge
+        self.merge, self.abstain = merge, abstain
         self.confidence, self.stop_at, self.quorum = confidence, stop_at, quorum
         self.deadline_s, self.hedge_delay_s, self.clock = deadline_s, hedge_delay_s, clock
         self.breakers = {name: Breaker(clock, failures=failures, retry_after_s=retry_after_s) for name in self.pool.names}
@@ -123,12 +132,14 @@ class Ensemble:
         return self.submit(prompt, params).result()
 
     def judge(self, ballots: tuple[Ballot, ...]) -> Verdict:
-        """The verdict on ballots, with merged answers and a calibrated probability."""
-        if self.merge is not None:
-            merged = merge_by_meaning([ballot.answer for ballot in ballots], self.merge)
-            ballots = tuple(replace(ballot, answer=answer) for ballot, answer in zip(ballots, merged, strict=True))
-        verdict = self.vote(ballots)
-        return verdict if self.confidence is None or verdict.answer is None else replace(verdict, probability=self.confidence(verdict))
+        """The verdict on ballots, with merged answers, a calibrated probability, and no answer where that is too low."""
+        verdict = self.vote(ballots if self.merge is None else merged_ballots(ballots, self.merge))
+        if self.confidence is not None and verdict.answer is not None:
+            verdict = replace(verdict, probability=self.confidence(verdict))
+        if self.abstain is None or verdict.answer is None or self.abstain(verdict.probability):
+            return verdict
+        sure = "unknown" if verdict.probability is None else f"{verdict.probability:.3g}"
+        return replace(verdict, answer=None, text="", reason=f"the probability that {verdict.answer!r} is right is {sure}, too low to answer")
 
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:
         """`n` verdicts as completions, each the winner's; with a seed the i-th asks with seed + i.
@@ -145,6 +156,15 @@ class Ensemble:
         """An ensemble has no token probabilities of its own: CapabilityError."""
         del prompt, completion
         raise CapabilityError(f"{self.model} votes on answers and has no log-probs of tokens; ask a member: ensemble.pool[name].sampler.compute_logprobs(…).")
+
+
+def merged_ballots(ballots: tuple[Ballot, ...], equal: Equal) -> tuple[Ballot, ...]:
+    """The ballots with one name for answers of one meaning, in rankings too."""
+    every = [answer for ballot in ballots for answer in (ballot.answer, *ballot.ranking)]
+    names = dict(zip(every, merge_by_meaning(every, equal), strict=True))
+    return tuple(
+        replace(b, answer=names[b.answer], ranking=tuple(dict.fromkeys(name for one in b.ranking if (name := names[one]) is not None))) for b in ballots
+    )
 
 
 def winners_completion(verdict: Verdict) -> Completion:
@@ -213,6 +233,8 @@ class _Round:
         one, future = self.ensemble, self.promise.future
         with self.lock:
             self.queue = list(one.pool)
+            if one.mode == "cascade" and all(member.price is not None for member in self.queue):
+                self.queue.sort(key=lambda member: member.price.input_per_million + member.price.output_per_million if member.price else 0.0)
             if one.deadline_s is not None:
                 self.timers.append(one.clock.call_later(one.deadline_s, self._late))
             first = {"parallel": len(self.queue), "hedged": one.quorum}.get(one.mode, 1)

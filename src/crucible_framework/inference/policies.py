@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ..errors import ConfigError
 from ..protocols import HedgePolicy
-from ..records import HedgeDecision, HedgeOutcome, HedgeRequest
+from ..records import HedgeDecision, HedgeLeg, HedgeOutcome, HedgeRequest
 from .latency import HedgePlan, Survival, best_hedge
 
 __all__ = ["Adaptive", "Fixed", "Never", "Percentile", "default_policy"]
+
+
+_RESERVE, _HORIZON, _MOST = 8.0, 1000.0, 0.1
+"""How `Adaptive` spends: credits beyond the reserve over so many requests, at most this share above the budget."""
 
 
 class Never:
@@ -48,13 +52,21 @@ class Fixed:
 
 
 class _Window:
-    """The last calls' latencies, those that were given up as lower bounds."""
+    """The last calls' latencies, those that were given up as lower bounds; a ring."""
 
     def __init__(self, size: int) -> None:
-        self.rows: deque[tuple[float, bool]] = deque(maxlen=size)
+        self._times, self._ended, self._next, self.seen = np.zeros(size), np.zeros(size, dtype=bool), 0, 0
+
+    def __len__(self) -> int:
+        return min(self.seen, len(self._times))
+
+    def add(self, leg: HedgeLeg) -> None:
+        self._times[self._next], self._ended[self._next] = leg.latency_s, leg.outcome != "cancelled"
+        self._next = (self._next + 1) % len(self._times)
+        self.seen += 1
 
     def survival(self) -> Survival:
-        return Survival(np.array([row[0] for row in self.rows]), np.array([row[1] for row in self.rows], dtype=bool))
+        return Survival(self._times[: len(self)], self._ended[: len(self)])
 
 
 class Percentile:
@@ -87,9 +99,9 @@ class Percentile:
         if primary.outcome == "failed":
             return
         with self._lock:
-            self._seen.rows.append((primary.latency_s, primary.outcome != "cancelled"))
+            self._seen.add(primary)
             self._new += 1
-            if len(self._seen.rows) >= self._least and (self._new >= 25 or math.isnan(self._delay_s)):
+            if len(self._seen) >= self._least and (self._new >= 25 or math.isnan(self._delay_s)):
                 self._delay_s, self._new = self._seen.survival().quantile(self._percentile / 100), 0
 
 
@@ -97,7 +109,9 @@ class Adaptive:
     """Learns delay and probability so that a quantile of the latency falls most within a budget: SingleR on a sliding window.
 
     Latencies of cut-off calls are lower bounds (Kaplan–Meier). Once enough backups were seen, their own latencies decide, not the primaries':
-    where slow requests are slow anywhere, backups do not win, the gain vanishes and hedging stops, but for rare probes.
+    where slow requests are slow anywhere, backups do not win, the gain vanishes and hedging stops, but for rare probes at the delay that would be
+    best if backups were like primaries. Credits saved beyond a reserve are spent slowly, so that a plan that is a little too careful
+    does not leave the budget unused, and slow requests that come in bunches still find a credit.
 
     Args:
         budget: further calls as a share of the requests.
@@ -119,21 +133,22 @@ class Adaptive:
         quantile: float = 0.99,
         window: int = 4000,
         least: int = 200,
-        trust: int = 30,
+        trust: int = 15,
         probe: float = 0.001,
         min_gain: float = 0.05,
         seed: int = 0,
     ) -> None:
-        if not budget >= 0 or not 0 < quantile < 1 or not 1 <= least <= window or not 0 <= probe <= 1:
+        if not budget >= 0 or not 0 < quantile < 1 or not 1 <= least <= window or not 0 <= probe <= 1 or trust < 1:
             raise ConfigError(
-                f"Adaptive has budget={budget!r}, quantile={quantile!r}, least={least!r}, window={window!r}, probe={probe!r}; "
-                "expected a budget of at least 0, a quantile in (0, 1), 1 ≤ least ≤ window and a probe in [0, 1]."
+                f"Adaptive has budget={budget!r}, quantile={quantile!r}, least={least!r}, window={window!r}, probe={probe!r}, trust={trust!r}; "
+                "expected a budget of at least 0, a quantile in (0, 1), 1 ≤ least ≤ window, a probe in [0, 1] and trust ≥ 1."
             )
         self._budget, self._quantile, self._least, self._trust = budget, quantile, least, trust
         self._probe, self._min_gain = min(probe, budget), min_gain
         self._primary, self._backup = _Window(window), _Window(max(200, window // 10))
         self._found: HedgePlan | None = None
-        self._new = 0
+        self._yes = self._no = HedgeDecision(delay_s=None, reason="", probability=0.0)
+        self._new, self._credit = 0, 0.0
         self._random = random.Random(seed)  # noqa: S311  # a coin, no secret
         self._lock = threading.Lock()
 
@@ -146,31 +161,40 @@ class Adaptive:
     def plan(self, request: HedgeRequest) -> HedgeDecision:
         """One reissue, after the best delay with the best probability."""
         with self._lock:
-            plan = self._found
-            if plan is None:
+            self._credit = request.credit
+            if self._found is None:
                 return HedgeDecision(delay_s=None, reason=f"fewer than {self._least} calls seen", probability=0.0)
             if request.started > 1:
                 return HedgeDecision(delay_s=None, reason="one reissue is enough", probability=0.0)
-            worth = plan.gain >= self._min_gain
-            probability = plan.probability if worth else min(1.0, self._probe / max(self._budget, 1e-9)) * plan.probability
-            reason = f"the {self._quantile:.0%} quantile is expected to fall by {plan.gain:.0%}" if worth else "probe: nothing to gain is expected"
-            if self._random.random() >= probability:
-                return HedgeDecision(delay_s=None, reason=f"{reason}; the draw was against", probability=probability)
-            return HedgeDecision(delay_s=plan.delay_s, reason=reason, probability=probability)
+            return self._yes if self._random.random() < self._yes.probability else self._no
 
     def observe(self, outcome: HedgeOutcome) -> None:
-        """Learns from every leg; every so many requests the plan is made anew."""
+        """Learns from every leg; every so many requests, and once backups can be trusted, the plan is made anew."""
         with self._lock:
             for leg in outcome.legs:
                 if leg.outcome != "failed":
-                    (self._backup if leg.index else self._primary).rows.append((leg.latency_s, leg.outcome != "cancelled"))
+                    (self._backup if leg.index else self._primary).add(leg)
             self._new += 1
-            seen = len(self._primary.rows)
-            if seen >= self._least and (self._found is None or self._new >= max(50, seen // 10)):
+            seen = len(self._primary)
+            wait = max(50, seen // 10)
+            if seen >= self._least and (self._found is None or self._new >= wait or (self._backup.seen == self._trust and len(outcome.legs) > 1)):
                 self._new = 0
-                primary = self._primary.survival()
-                backup = self._backup.survival() if len(self._backup.rows) >= self._trust else primary
-                self._found = best_hedge(primary, backup, self._budget, self._quantile)
+                self._replan()
+
+    def _replan(self) -> None:
+        primary = self._primary.survival()
+        surplus = max(0.0, self._credit - _RESERVE) / (_HORIZON * self._budget) if self._budget else 0.0
+        spend = self._budget * (1 + min(_MOST, surplus))
+        # half a standard error of a share of slow requests that is what the budget can just mend
+        spread = min(0.3, 0.5 * math.sqrt((1 - self._budget) / (self._budget * len(self._primary)))) if 0 < self._budget < 1 else 0.0
+        ideal = best_hedge(primary, primary, spend, self._quantile, spread=spread)
+        known = self._backup.seen >= self._trust
+        self._found = best_hedge(primary, self._backup.survival(), spend, self._quantile, spread=spread) if known else ideal
+        plan, reason = self._found, f"the {self._quantile:.0%} quantile is expected to fall by {self._found.gain:.0%}"
+        if plan.gain < self._min_gain:
+            plan, reason = replace(ideal, probability=self._probe / max(spend, 1e-12) * ideal.probability), "probe: nothing to gain is expected"
+        self._yes = HedgeDecision(delay_s=plan.delay_s, reason=reason, probability=plan.probability)
+        self._no = HedgeDecision(delay_s=None, reason=f"{reason}; the draw was against", probability=plan.probability)
 
 
 def default_policy(service: str, budget: float = 0.05) -> HedgePolicy:

@@ -14,7 +14,7 @@ from typing import Literal, cast
 
 from ..errors import ConfigError, UnknownNameError
 from ..protocols import Backend, Clock, Sampler
-from ..records import Completion, ModelVersion, record
+from ..records import Completion, ModelVersion, less_is_better, record
 from ..store import Models
 
 __all__ = ["Breaker", "Member", "Pool", "Price", "token_confidence"]
@@ -148,7 +148,7 @@ class Pool:
         *,
         tags: Mapping[str, str] | None = None,
         metric: str = "",
-        direction: Literal["max", "min"] = "max",
+        direction: Literal["max", "min"] | None = None,
         top: int | None = None,
     ) -> Pool:
         """The registered models with all these tags; with a metric, the best `top` by it, best first.
@@ -158,7 +158,7 @@ class Pool:
             backend: what runs them.
             tags: all must match.
             metric: one that the versions carry; those without it are left out.
-            direction: whether more or less of it is better: accuracies max, losses min.
+            direction: whether more or less of it is better; None goes by its name (`less_is_better`): losses and errors min, others max.
             top: how many.
 
         Raises:
@@ -166,7 +166,8 @@ class Pool:
         """
         found = [v for v in models.find(tags=dict(tags or {})) if not metric or metric in v.metrics]
         if metric:
-            found.sort(key=lambda v: (-v.metrics[metric] if direction == "max" else v.metrics[metric], v.name, v.version))
+            less = less_is_better(metric) if direction is None else direction == "min"
+            found.sort(key=lambda v: (v.metrics[metric] if less else -v.metrics[metric], v.name, v.version))
         if not found:
             asked = f"tags {dict(tags or {})!r}" + (f" and the metric {metric!r}" if metric else "")
             raise ConfigError(f"No registered model has {asked}. List them: crucible models list")

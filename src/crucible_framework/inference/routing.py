@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import events
 from ..clock import system_clock
-from ..errors import CapabilityError, ConfigError
-from ..files import read_json, write_json
+from ..errors import CapabilityError, ConfigError, FormatError
+from ..files import read_json, read_lines, write_json
 from ..protocols import Clock, Router, Sampler
 from ..records import Completion, Prompt, SamplingParams, record
 from .bandits import routers
 from .pool import Pool
 from .promise import Promise
 
-__all__ = ["Ceiling", "RoutedSampler", "load_router", "prompt_features", "save_router"]
+__all__ = ["Ceiling", "Routed", "RoutedSampler", "load_router", "prompt_features", "read_routes", "save_router"]
 
 Answer: TypeAlias = tuple[Completion, ...]
 
@@ -35,11 +36,38 @@ class _Scoring(Protocol):
     def scores(self, names: Sequence[str], context: NDArray[np.float64] | None = None) -> dict[str, float]: ...
 
 
+@runtime_checkable
+class _Drawing(Protocol):
+    """A router that chooses by chance and says by which."""
+
+    def probabilities(self, names: Sequence[str], context: NDArray[np.float64] | None = None) -> NDArray[np.float64]: ...
+
+
+@record
+class Routed:
+    """A request that was routed and how it went: a row of the log from which another router can be judged (`offpolicy.py`).
+
+    Attributes:
+        probability: with which `chose` was chosen; None where the router cannot say.
+        context: the features that the router saw; empty where it saw none.
+    """
+
+    chose: str
+    among: tuple[str, ...]
+    probability: float | None
+    reward: float
+    cost: float
+    latency_s: float
+    ok: bool
+    context: tuple[float, ...] = ()
+
+
 @record
 class _Asked:
     """A request on its way."""
 
     name: str
+    probability: float | None
     prompt: Prompt
     held: float
     began_s: float
@@ -80,6 +108,11 @@ class Ceiling:
         self._costs: dict[str, tuple[float, int]] = {}
         self._reserved = 0.0
 
+    @property
+    def credit(self) -> float:
+        """What was saved so far and is not reserved; below 0 where requests cost more than was expected."""
+        return self.per_request * (self.requests + self._open + self._slack) - self.spent - self._reserved
+
     def expected(self, name: str) -> float:
         """The mean cost of a model; 0 for one that was never tried."""
         total, count = self._costs.get(name, (0.0, 0))
@@ -87,7 +120,7 @@ class Ceiling:
 
     def affordable(self, names: Sequence[str]) -> list[str]:
         """Those whose expected cost is covered, else the cheapest."""
-        left = self.per_request * (self.requests + self._open + 1 + self._slack) - self.spent - self._reserved
+        left = self.credit + self.per_request
         able = [name for name in names if self.expected(name) <= left]
         return able or [min(names, key=self.expected)]
 
@@ -122,6 +155,9 @@ class RoutedSampler:
         reward: how good an answer is, in [0, 1]; None counts an answer 1 and a failure 0.
         features: of the prompt, for routers that use them.
         ceiling: mean cost per request at the most.
+        explore: share of requests that go to any model, evenly; their log then says something about every model.
+        log: gets a row per request that ended; the events `route.ended` hold the same (`read_routes`).
+        seed: of the exploration.
         clock: latencies.
 
     Raises:
@@ -136,13 +172,19 @@ class RoutedSampler:
         reward: Callable[[Prompt, Answer], float] | None = None,
         features: Callable[[Prompt], NDArray[np.float64]] | None = None,
         ceiling: Ceiling | None = None,
+        explore: float = 0.0,
+        log: Callable[[Routed], None] | None = None,
+        seed: int = 0,
         clock: Clock = system_clock,
     ) -> None:
         self.pool = pool if isinstance(pool, Pool) else Pool(pool)
         self.router: Router = routers.get(router)() if isinstance(router, str) else router
         self._reward, self._ceiling, self._clock = reward, ceiling, clock
         self._features = features or (prompt_features if router == "lin_ucb" else None)
+        self._explore, self._log, self._random = explore, log, random.Random(seed)  # noqa: S311  # a coin, no secret
         self._lock = threading.Lock()
+        if not 0 <= explore <= 1:
+            raise ConfigError(f"RoutedSampler.explore is {explore!r}; expected a share in [0, 1]. 0.05 to 0.1 makes a log useful.")
         unpriced = [member.name for member in self.pool if member.price is None]
         if ceiling is not None and unpriced:
             raise ConfigError(f"There is a cost ceiling, but no price of {', '.join(unpriced)}. Give each member a Price; an unknown cost cannot be held.")
@@ -152,27 +194,48 @@ class RoutedSampler:
         """The members' names."""
         return f"routed({', '.join(self.pool.names)})"
 
-    def _choose(self, context: NDArray[np.float64] | None) -> tuple[str, float, str]:
-        """(name, reserved cost, reason)."""
-        names, ceiling, held = self.pool.names, self._ceiling, 0.0
+    def _choose(self, context: NDArray[np.float64] | None) -> tuple[str, float | None, float, str]:
+        """(name, its probability, reserved cost, reason)."""
+        names, ceiling, router = self.pool.names, self._ceiling, self.router
         with self._lock:
-            if ceiling is None:
-                return self.router.choose(names, context), 0.0, type(self.router).__name__
-            able = ceiling.affordable(names)
-            untried = [name for name in able if not ceiling.expected(name)]
-            if untried or not isinstance(self.router, _Scoring):
-                name = self.router.choose(able, context)
+            able = list(names) if ceiling is None else ceiling.affordable(names)
+            chances = self._chances(able, context)
+            why = type(router).__name__
+            if ceiling is not None:
+                why += f" with a price of {ceiling.price:.3g} on cost; {len(able)} of {len(names)} within the ceiling"
+            if self._explore and self._random.random() < self._explore:
+                name, why = able[self._random.randrange(len(able))], "exploration"
+                if chances is None:  # what the router would have done is asked, so that the probability is known
+                    chances = {self._decide(able, context): 1.0}
             else:
-                name = ceiling.best(able, self.router.scores(able, context))
-            held = ceiling.reserve(name)
-            why = f"{type(self.router).__name__} with a price of {ceiling.price:.3g} on cost; {len(able)} of {len(names)} within the ceiling"
-            return name, held, why
+                name = self._decide(able, context)
+                chances = {name: 1.0} if chances is None else chances
+            own = chances.get(name, 0.0) if chances else None
+            probability = None if own is None else self._explore / len(able) + (1 - self._explore) * own
+            return name, probability, 0.0 if ceiling is None else ceiling.reserve(name), why
+
+    def _decide(self, able: Sequence[str], context: NDArray[np.float64] | None) -> str:
+        ceiling, router = self._ceiling, self.router
+        if ceiling is None or not isinstance(router, _Scoring) or any(not ceiling.expected(name) for name in able):
+            return router.choose(able, context)
+        return ceiling.best(able, router.scores(able, context))
+
+    def _chances(self, able: Sequence[str], context: NDArray[np.float64] | None) -> dict[str, float] | None:
+        """The probability per model; empty where it cannot be said, None where nobody asks or the router does not draw."""
+        if not isinstance(self.router, _Drawing):
+            return None
+        if self._log is None and not events.listening():
+            return {}
+        if self._ceiling is not None and isinstance(self.router, _Scoring) and all(self._ceiling.expected(name) for name in able):
+            return {}  # a draw less a price on cost: its law is not that of the draw
+        return dict(zip(able, self.router.probabilities(able, context).tolist(), strict=True))
 
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[Answer]:
         """The chosen member's answer. A failure is given as it is: wrap the members in a `HedgedSampler` to have another one asked."""
         context = self._features(prompt) if self._features is not None else None
-        name, held, why = self._choose(context)
-        events.emit("route.chosen", chose=name, among=list(self.pool.names), reason=why)
+        name, probability, held, why = self._choose(context)
+        credit = None if self._ceiling is None else self._ceiling.credit
+        events.emit("route.chosen", chose=name, among=list(self.pool.names), probability=probability, credit=credit, reason=why)
         began_s = self._clock.now()
         inner: list[Future[Answer]] = []
 
@@ -183,7 +246,7 @@ class RoutedSampler:
         promise: Promise[Answer] = Promise(given_up)
 
         def done(future: Future[Answer]) -> None:
-            asked = _Asked(name=name, prompt=prompt, held=held, began_s=began_s, context=context)
+            asked = _Asked(name=name, probability=probability, prompt=prompt, held=held, began_s=began_s, context=context)
             self._learn(asked, future, promise)
 
         try:
@@ -209,6 +272,8 @@ class RoutedSampler:
                     self._ceiling.pay(asked.name, cost, asked.held)
                 latency_s = self._clock.now() - asked.began_s
                 self.router.observe(asked.name, reward=reward, cost=cost, latency_s=latency_s, ok=ok, context=asked.context)
+            if not future.cancelled():
+                self._tell(asked, reward, cost, latency_s, ok=ok)
         except Exception as failure:  # the caller's own reward, or a router that refuses it
             promise.fail(failure)
             return
@@ -219,10 +284,49 @@ class RoutedSampler:
         else:
             promise.give(future.result())
 
+    def _tell(self, asked: _Asked, reward: float, cost: float, latency_s: float, *, ok: bool) -> None:
+        if self._log is None and not events.listening():
+            return
+        context = () if asked.context is None else tuple(asked.context.tolist())
+        row = Routed(
+            chose=asked.name, among=self.pool.names, probability=asked.probability, reward=reward, cost=cost, latency_s=latency_s, ok=ok, context=context
+        )
+        events.emit(
+            "route.ended", chose=row.chose, among=list(row.among), probability=row.probability, reward=reward, cost=cost, latency_s=latency_s, ok=ok,
+            context=list(context),
+        )  # fmt: skip
+        if self._log is not None:
+            self._log(row)
+
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
         """Depends on who is asked: CapabilityError."""
         del prompt, completion
         raise CapabilityError(f"{self.model} has no log-probs of its own, they are each model's; ask a member: routed.pool[name].sampler.compute_logprobs(…).")
+
+
+def read_routes(path: Path) -> tuple[Routed, ...]:
+    """The `route.ended` events of a file of events, one JSON object a line, in the order of their ends.
+
+    Raises:
+        NotFoundError: there is no such file.
+        FormatError: a row lacks a field.
+    """
+    rows = [row for row in read_lines(Path(path)) if row.get("name") == "route.ended"]
+    made: list[Routed] = []
+    for row in rows:
+        try:
+            chance = row["probability"]
+            made.append(
+                Routed(
+                    chose=str(row["chose"]), among=tuple(map(str, cast("list[str]", row["among"]))), ok=bool(row["ok"]),
+                    probability=None if chance is None else float(cast("float", chance)), reward=float(cast("float", row["reward"])),
+                    cost=float(cast("float", row["cost"])), latency_s=float(cast("float", row["latency_s"])),
+                    context=tuple(map(float, cast("list[float]", row["context"]))),
+                )
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"A route.ended event of {str(path)!r} is {row!r:.200}: {error}. Expected the fields of Routed.") from error
+    return tuple(made)
 
 
 def save_router(router: Router, path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 
+from ..clock import Timer
 from ..errors import ConfigError
 
 __all__ = ["VirtualClock"]
@@ -22,8 +23,7 @@ class VirtualClock:
 
     def __init__(self, start_s: float = 0.0) -> None:
         self._now_s = start_s
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._cancelled: set[int] = set()
+        self._heap: list[Timer] = []
         self._ids = itertools.count()
         self._lock = threading.RLock()
 
@@ -36,18 +36,16 @@ class VirtualClock:
     def pending(self) -> int:
         """How many calls are still to come."""
         with self._lock:
-            return sum(number not in self._cancelled for _, number, _ in self._heap)
+            return sum(timer.fn is not None for timer in self._heap)
 
     def call_later(self, delay_s: float, fn: Callable[[], None]) -> Callable[[], None]:
         """Calls `fn` once when the clock has moved by `delay_s`, in the order of due times and then of calls; returns what cancels it."""
         with self._lock:
-            number = next(self._ids)
-            heapq.heappush(self._heap, (self._now_s + max(0.0, delay_s), number, fn))
+            timer = Timer(self._now_s + max(0.0, delay_s), next(self._ids), fn)
+            heapq.heappush(self._heap, timer)
 
         def cancel() -> None:
-            with self._lock:
-                if any(number == waiting for _, waiting, _ in self._heap):
-                    self._cancelled.add(number)
+            timer.fn = None
 
         return cancel
 
@@ -72,12 +70,11 @@ class VirtualClock:
 
     def _due(self, end_s: float) -> Callable[[], None] | None:
         with self._lock:
-            while self._heap and self._heap[0][0] <= end_s:
-                due_s, number, fn = heapq.heappop(self._heap)
-                if number in self._cancelled:
-                    self._cancelled.discard(number)
-                    continue
-                self._now_s = max(self._now_s, due_s)
-                return fn
+            while self._heap and self._heap[0].due_s <= end_s:
+                timer = heapq.heappop(self._heap)
+                fn, timer.fn = timer.fn, None
+                if fn is not None:
+                    self._now_s = max(self._now_s, timer.due_s)
+                    return fn
             self._now_s = max(self._now_s, end_s)
             return None

@@ -44,7 +44,9 @@ class SamplerOwner(Protocol):
 
 
 class TinkerSampler:
-    """Weights at a service that answer prompts; see `Sampler`."""
+    """Weights at a service that answer prompts; see `Sampler`. `service` is read where a second call would be paid for."""
+
+    service = "tinker"
 
     def __init__(self, backend: SamplerOwner, model: str, base_model: str, ready: Future[tinker.SamplingClient]) -> None:
         self._backend, self._model, self._base_model, self._ready = backend, model, base_model, ready
