@@ -20,6 +20,7 @@ from ..protocols import Clock, HedgePolicy, Sampler
 from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, HedgeRequest, Prompt, SamplingParams, record
 from .policies import Adaptive
 from .promise import Promise
+from .telling import tell_hedge
 
 __all__ = ["HedgeStats", "HedgedSampler"]
 
@@ -360,7 +361,9 @@ class _Race:
             HedgeLeg(index=leg.index, started_s=leg.began_s - self.start_s, latency_s=leg.end_s - leg.began_s, outcome=leg.outcome or "cancelled")
             for leg in self.legs
         )
-        self.sampler.policy.observe(HedgeOutcome(latency_s=self.sampler.clock.now() - self.start_s, ok=ok, legs=legs))
+        outcome = HedgeOutcome(latency_s=self.sampler.clock.now() - self.start_s, ok=ok, legs=legs)
+        tell_hedge(outcome, [self.sampler.legs[(self.base + leg.index) % len(self.sampler.legs)].model for leg in self.legs])
+        self.sampler.policy.observe(outcome)
 
     def _given_up(self) -> None:
         """The receiver cancelled."""

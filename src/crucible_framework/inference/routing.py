@@ -209,6 +209,7 @@ class RoutedSampler:
                     self._ceiling.pay(asked.name, cost, asked.held)
                 latency_s = self._clock.now() - asked.began_s
                 self.router.observe(asked.name, reward=reward, cost=cost, latency_s=latency_s, ok=ok, context=asked.context)
+            events.emit("route.done", chose=asked.name, ok=ok, reward=reward, cost=cost if price is not None else None, latency_s=latency_s)
         except Exception as failure:  # the caller's own reward, or a router that refuses it
             promise.fail(failure)
             return
