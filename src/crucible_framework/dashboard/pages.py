@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from ..errors import ConfigError, CrucibleError, NotFoundError
+from ..errors import AuthError, ConfigError, CrucibleError, NotFoundError
 from ..experiments import StudyOverview, study_overview
 from ..records import Json
 from ..reports.parts import Document
@@ -25,7 +25,7 @@ from .cards import ancestry, model_card
 from .figures import Plot, csv_text, plot_csv, plot_svg, plots_in
 from .models_page import model_page, models_page
 from .play_page import play_page
-from .playground import Playground, params_from
+from .playground import Playground, params_from, verdict_on
 from .reading import Workspace
 from .requests_page import request_plots, requests_page
 from .run_pages import MOST_COMPARED, chart_svg, compare_page, compare_plots, run_html, run_plots
@@ -49,13 +49,13 @@ _MOST_POINTS = 5000
 class Pages:
     """What the routes call; one for each application. Each method takes a request and gives a page, data, or a stream."""
 
-    def __init__(self, root: Path, playground: Playground | None, token: str, every_s: float) -> None:
+    def __init__(self, root: Path, playground: Playground | None, token: str, every_s: float, *, write: bool) -> None:
         self.workspace = Workspace(root)
         self.models = Models(root / "models")
         self.asked = AskedEvents(root)
         self.playground = playground
         self.token = token
-        self.every_s = every_s
+        self.every_s, self.write = every_s, write
         self.tabs: Sequence[tuple[str, str]] = (("Playground", "/playground"),) if playground else ()
         self.closing = threading.Event()
         self.streams = 0
@@ -105,7 +105,8 @@ class Pages:
     def model(self, request: Request) -> str:
         """One version of a model."""
         reference = self._reference(request)
-        return model_page(self.models.get(reference), ancestry(self.models, reference, self.workspace.root), self.tabs)
+        token = self.token if self.write else ""
+        return model_page(self.models.get(reference), ancestry(self.models, reference, self.workspace.root), self.tabs, token)
 
     def traces(self, request: Request) -> str:
         """The runs that have a trace."""
@@ -291,7 +292,26 @@ class Pages:
         system = asked.get("system")
         names = [str(name) for name in asked["models"]]
         answers = self.playground.ask(names, asked["prompt"], params_from(asked), system if isinstance(system, str) else "")
-        return {"answers": [answer.plain() for answer in answers]}
+        rule = asked.get("vote")
+        verdict = verdict_on(answers, rule) if isinstance(rule, str) and rule else None
+        return {"answers": [answer.plain() for answer in answers], "verdict": verdict}
+
+    def change(self, request: Request, body: bytes) -> object:
+        """Gives a version another stage or other tags; refused where the dashboard only reads."""
+        if not self.write:
+            raise AuthError("The dashboard is read-only. Start it with --write to change stages and tags.")
+        asked, reference = orjson.loads(body), self._reference(request)
+        if not isinstance(asked, dict) or not asked.keys() <= {"stage", "tags"} or not asked:
+            raise ConfigError("The change lacks a stage or tags; expected {stage: ...} or {tags: {key: value or null}}.")
+        tags = asked.get("tags", {})
+        if not isinstance(tags, dict) or not all(value is None or isinstance(value, str) for value in tags.values()):
+            raise ConfigError(f"tags is {tags!r}; expected texts by key, null to take one away.")
+        if tags:
+            self.models.tag(reference, tags)
+        if "stage" in asked:
+            self.models.promote(reference, asked["stage"])
+        changed = self.models.get(reference)
+        return {"stage": changed.stage, "tags": dict(changed.tags)}
 
     # ------------------------------------------------------------------------------------------------------------- live
     def run_events(self, request: Request) -> AsyncIterator[bytes]:

@@ -92,6 +92,34 @@ def _layers(view: RunPage) -> Markup:
     return part("layers", drawn, counted, title="Gradient health")
 
 
+def _watched(view: RunPage) -> Markup:
+    """The same examples as the model answered them at one checkpoint after another; an answer that did not change is told once."""
+    cards = []
+    for one in view.watched:
+        rows: list[Markup] = []
+        before: str | None = None
+        for step, text in one.answers:
+            same = text == before
+            told = element("td", {"class": "soft"}, "as before") if same else element("td", {"class": "said"}, words.clip(text, 600) or "(empty)")
+            right = text.strip() == one.target.strip() and bool(one.target)
+            mark = element("span", {"class": "mark-right", "title": "equals the target"}, " ✓") if right else ""
+            rows.append(element("tr", None, element("th", {"scope": "row", "class": "number"}, f"{step:,}"), told, element("td", None, mark)))
+            before = text
+        prompt = element("details", None, element("summary", None, "Prompt"), element("div", {"class": "text"}, one.prompt))
+        target = element("p", {"class": "small"}, element("span", {"class": "soft"}, "target "), words.clip(one.target, 300)) if one.target else join()
+        head = element(
+            "thead",
+            None,
+            element("tr", None, *(element("th", {"scope": "col", "class": css}, t) for t, css in (("step", "number"), ("answer", None), ("", None)))),
+        )
+        table_ = element("table", {"class": "watched", "aria-label": f"Answers to {one.id}"}, head, element("tbody", None, *rows))
+        cards.append(element("article", {"class": "sample"}, element("h3", None, one.id), target, table_, prompt))
+    if not cards:
+        return part("watched")
+    note = element("p", {"class": "note"}, "The same examples, answered at every checkpoint.")
+    return part("watched", note, element("div", {"class": "plots"}, *cards), title="Samples as training goes")
+
+
 def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool) -> str:
     """The whole page; `cursor` and `parts` are where its live updates begin."""
     name = view.info.name
@@ -112,7 +140,13 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
         element("p", {"class": "links"}, *links),
         *([element("aside", {"class": "notices"}, element("ul", None, *(element("li", None, one) for one in notices)))] if notices else ()),
     )
-    shown = [("curves", "Curves"), *((one.key, one.title) for one in _sections(document)), ("events", "Events")]
+    own = [("layers", "Gradient health", view.layers or view.issues), ("watched", "Samples as training goes", view.watched)]
+    shown = [
+        ("curves", "Curves"),
+        *((key, text) for key, text, there in own if there),
+        *((one.key, one.title) for one in _sections(document)),
+        ("events", "Events"),
+    ]
     contents = element("nav", {"class": "contents", "aria-label": "Contents"}, element("ul", None, *(element("li", None, link(b, f"#{a}")) for a, b in shown)))
     slider = field({"type": "range", "min": "0", "max": "0.99", "step": "0.01", "value": "0.9", "id": "smoothing", "aria-label": "Smoothing"})
     controls = element(
@@ -144,7 +178,18 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
             element("table", None, element("tbody", {"id": "log"}, *event_rows(events))),
         ),
     )
-    body = element("div", {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts}, head, contents, curves, empty, layers, *sections, log)
+    body = element(
+        "div",
+        {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts},
+        head,
+        contents,
+        curves,
+        empty,
+        layers,
+        _watched(view),
+        *sections,
+        log,
+    )
     return page(name, body, tab="/", script="run.js", tabs=tabs)
 
 

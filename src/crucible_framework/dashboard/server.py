@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from ..errors import ConfigError, CrucibleError, LockedError, NotFoundError
+from ..errors import AuthError, ConfigError, CrucibleError, LockedError, NotFoundError
 from .guard import LOCAL_HOSTS, Guard
 from .pages import Pages
 from .playground import Playground
@@ -52,6 +52,10 @@ def _routes(pages: Pages) -> list[object]:
         answer = await run_in_threadpool(pages.ask, await request.body())
         return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
 
+    async def change(request: Request) -> Response:
+        answer = await run_in_threadpool(pages.change, request, await request.body())
+        return Response(orjson.dumps(answer), media_type="application/json")
+
     sandboxed = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a file that a run left: no script in any case
     return [
         route("/", pages.runs),
@@ -72,6 +76,7 @@ def _routes(pages: Pages) -> list[object]:
         route("/compare/plots/{file}", pages.compare_plot),
         route("/playground", pages.play),
         Route("/playground/ask", ask, methods=["POST"]),
+        Route("/models/{name}/{version:int}", change, methods=["POST"]),
         route("/runs/{run}", pages.run),
         route("/runs/{run}/trace", pages.trace),
         route("/runs/{run}/trace.{suffix}", pages.trace_file, content_security_policy=sandboxed),
@@ -105,7 +110,9 @@ def _problem(pages: Pages, status: int, text: str) -> Response:
     return Response(body, status, media_type="text/html")
 
 
-def make_app(root: str | Path, *, playground: Playground | None = None, hosts: Iterable[str] = (), token: str = "", every_s: float = 0.5) -> Guard:
+def make_app(
+    root: str | Path, *, playground: Playground | None = None, hosts: Iterable[str] = (), token: str = "", every_s: float = 0.5, write: bool = False
+) -> Guard:  # fmt: skip
     """The dashboard as an ASGI application; closing is the caller's.
 
     Args:
@@ -114,14 +121,17 @@ def make_app(root: str | Path, *, playground: Playground | None = None, hosts: I
         hosts: names that it may be asked under, besides those of this machine.
         token: what a question must bring along; random where empty.
         every_s: how often files are looked at for live pages.
+        write: whether stages and tags of models may be changed; else everything but a question is read-only.
 
     Raises:
         NotFoundError: there is no such folder. ConfigError: starlette is not installed, or `every_s` is not positive.
     """
-    return build(Path(root), playground, hosts, token or secrets.token_urlsafe(24), every_s)[0]
+    return build(Path(root), playground, hosts, token or secrets.token_urlsafe(24), every_s, write=write)[0]
 
 
-def build(root: Path, playground: Playground | None, hosts: Iterable[str], token: str, every_s: float) -> tuple[Guard, Callable[[], None]]:
+def build(
+    root: Path, playground: Playground | None, hosts: Iterable[str], token: str, every_s: float, *, write: bool = False
+) -> tuple[Guard, Callable[[], None]]:
     """The application, and what ends its live streams."""
     try:
         from starlette.applications import Starlette
@@ -133,12 +143,11 @@ def build(root: Path, playground: Playground | None, hosts: Iterable[str], token
         raise NotFoundError(f"There is no folder {str(root)!r}. Name the folder that holds the runs, or make one: crucible demo --quick")
     if not every_s > 0:
         raise ConfigError(f"every_s is {every_s!r}; expected a positive number of seconds.")
-    pages = Pages(root, playground, token, every_s)
+    pages = Pages(root, playground, token, every_s, write=write)
 
     async def known(request: Request, error: Exception) -> Response:
-        status = (
-            404 if isinstance(error, NotFoundError) else 409 if isinstance(error, LockedError) else 400 if isinstance(error, (ConfigError, ValueError)) else 500
-        )
+        kinds = ((NotFoundError, 404), (LockedError, 409), (AuthError, 403), ((ConfigError, ValueError), 400))
+        status = next((code for kind, code in kinds if isinstance(error, kind)), 500)
         if request.method == "POST":
             return Response(orjson.dumps({"error": str(error)}), status, media_type="application/json")
         return _problem(pages, status, str(error))

@@ -21,6 +21,7 @@ from ..reports.parts import Table
 from ..reports.sources import RunFiles, as_list, as_number, as_table, as_text
 from ..reports.sources import read_run as read_files
 from ..store import RunInfo
+from ..training import Watched, read_watched
 from .reading import Workspace
 
 __all__ = [
@@ -124,6 +125,7 @@ class RunPage:
     charts: tuple[ChartView, ...]
     layers: HeatMap | None
     issues: Table | None
+    watched: tuple[Watched, ...]
     problems: tuple[str, ...]
 
 
@@ -236,6 +238,13 @@ def chart_views(workspace: Workspace, name: str, most: int = 800, low: float = -
     return tuple(found)
 
 
+def _watched(folder: Path) -> tuple[Watched, ...]:
+    try:
+        return read_watched(folder)
+    except CrucibleError:
+        return ()
+
+
 def run_page(workspace: Workspace, name: str) -> RunPage:
     """Everything that the run page shows.
 
@@ -252,7 +261,9 @@ def run_page(workspace: Workspace, name: str) -> RunPage:
     problems = files.problems
     if damaged and not any(problem.startswith("metrics.jsonl") for problem in problems):
         problems = (*problems, f"metrics.jsonl: {damaged} damaged lines were left out.")
-    return RunPage(info=info, files=files, charts=charts, layers=layer_map(per_layer), issues=issue_table(per_layer), problems=problems)
+    return RunPage(
+        info=info, files=files, charts=charts, layers=layer_map(per_layer), issues=issue_table(per_layer), watched=_watched(folder), problems=problems
+    )
 
 
 def _flat(tree: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
