@@ -47,12 +47,6 @@ def build_run(folder: Path, *, steps: int = 40, lr: float = 1e-4, evaluated: boo
         for step in (steps // 2, steps):
             said: dict[str, Json] = {"step": step, "id": text or "claim-1", "prompt": text or "Is it so?", "target": text or "yes"}
             said["completion"] = text or f"said at {step}"
-                "step": step,
-                "id": text or "claim-1",
-                "prompt": text or "Is it so?",
-                "target": text or "yes",
-                "completion": text or f"said at {step}",
-            }
             run.log_timing({"step": step, "step_s": 0.5})
             with closing(JsonLines(folder / "watched.jsonl")) as watched:
                 watched.append(said)
