@@ -31,7 +31,7 @@ from ..training import Callback, Trainer, progress_bar, received_signal
 from ..training import watch as watching
 from . import show
 from .checkup import examine
-from .jobs import DataChoice, chat, load_data, load_job, resolve_model
+from .jobs import DataChoice, chat, kept_events, load_data, load_job, resolve_model
 from .reply import Reply, typed
 
 __all__ = ["register"]
@@ -129,7 +129,7 @@ def sample(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop or ()), seed=seed)
     if prompt is None and not interactive:
         raise ConfigError("There is no prompt. Give one after the model, `-` for standard input, or -i for a chat.")
-    with connect(backend) as engine:
+    with kept_events(), connect(backend) as engine:
         asked = engine.sampler(resolve_model(model))
         first = (Message(role="system", content=system),) if system else ()
         if interactive:

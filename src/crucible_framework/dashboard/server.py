@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import orjson
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-__all__ = ["build", "make_app"]
+__all__ = ["beside", "build", "make_app"]
 
 _MOST_STREAMS = 64
 
@@ -127,6 +127,33 @@ def make_app(
         NotFoundError: there is no such folder. ConfigError: starlette is not installed, or `every_s` is not positive.
     """
     return build(Path(root), playground, hosts, token or secrets.token_urlsafe(24), every_s, write=write)[0]
+
+
+_API = ("/api/v1", "/v1", "/metrics", "/openapi.json")
+_App: TypeAlias = Callable[..., Awaitable[None]]
+
+
+def beside(api: _App, root: str | Path, *, write: bool = False) -> tuple[_App, Callable[[], None]]:
+    """A server's application with the dashboard at all addresses that are not the server's own; and what ends the dashboard's live streams.
+
+    For servers on this machine only: the dashboard knows no keys.
+
+    Args:
+        api: an ASGI application that serves /api/v1, /v1, /metrics and /openapi.json.
+        root: the folder of runs.
+        write: as in `make_app`.
+
+    Raises:
+        NotFoundError: there is no such folder.
+    """
+    pages, end = build(Path(root), None, (), secrets.token_urlsafe(24), 0.5, write=write)
+
+    async def both(scope: MutableMapping[str, object], receive: object, send: object) -> None:
+        path = str(scope.get("path", ""))
+        own = scope["type"] != "http" or any(path == start or path.startswith(f"{start}/") for start in _API)
+        await (api if own else cast("_App", pages))(scope, receive, send)
+
+    return both, end
 
 
 def build(

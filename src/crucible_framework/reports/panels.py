@@ -77,10 +77,10 @@ class XYPlot:
 
 
 def level_of(value: float, low: float, high: float, *, log: bool = False) -> int:
-    """The colour of a value, 0 … LEVELS − 1; everything is in the middle where all values are equal."""
+    """The colour of a value, 0 … LEVELS − 1; all are pale where they are equal."""
     at, start, end = (math.log10(v) if log else v for v in (value, low, high))
     if not end > start:
-        return LEVELS // 2
+        return 1
     return min(LEVELS - 1, max(0, int(LEVELS * (at - start) / (end - start))))
 
 
@@ -135,11 +135,11 @@ def heat_map(plot: HeatMap, key: str) -> Markup:
             cells.append(_cell(plot, value, (left + c * width, y, width - gap, height - gap), f"{name}, {plot.column_label} {plot.columns[c]}", ends))
     bottom = top + height * len(plot.rows)
     labels = _columns(plot, left, width, bottom)
-    scale = _scale(plot, ends, left, bottom + 40)
+    scale = _scale(plot, ends, left, bottom + 50)
     told = f"{plot.unit} of {len(plot.rows)} rows over {plot.column_label}, from {words.number(ends[0])} to {words.number(ends[1])}."
     return element(
         "svg",
-        {"viewBox": f"0 0 {WIDTH:g} {bottom + 72:g}", "role": "img", "aria-labelledby": f"{key}-title {key}-desc", "class": "chart heat"},
+        {"viewBox": f"0 0 {WIDTH:g} {bottom + 82:g}", "role": "img", "aria-labelledby": f"{key}-title {key}-desc", "class": "chart heat"},
         element("title", {"id": f"{key}-title"}, plot.title),
         element("desc", {"id": f"{key}-desc"}, told),
         *cells,

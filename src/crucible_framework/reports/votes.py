@@ -187,9 +187,10 @@ def agreement_map(summary: VoteSummary) -> HeatMap | None:
             row.append(100.0 if a == b else 100 * agreed / both if both else None)
         values.append(tuple(row))
     counts = [count for _, count in summary.pairs.values()] or [0]
+    several = f"{min(counts):,} to {max(counts):,}" if min(counts) < max(counts) else f"{counts[0]:,}"
     return HeatMap(
         title="Same answer", rows=names, columns=names, values=tuple(values), unit="% of questions", column_label="member", source="events.jsonl",
-        numbers=len(names) <= 12, span=(0.0, 100.0), note=f"Of the questions that both answered ({min(counts):,} to {max(counts):,}).",
+        numbers=len(names) <= 12, span=(0.0, 100.0), note=f"Of the questions that both answered ({several}).",
     )  # fmt: skip
 
 
