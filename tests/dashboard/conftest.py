@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,9 +15,12 @@ import pytest
 from crucible_framework import events
 from crucible_framework.config import to_dict
 from crucible_framework.dashboard import Dashboard
+from crucible_framework.experiments import analyse, experiment_from, run
 from crucible_framework.files import JsonLines, write_json
 from crucible_framework.records import AdamConfig, Checkpoint, Estimate, Json, LoraConfig, TrainConfig
 from crucible_framework.store import Models, open_run
+
+from .asked import ask_everything
 
 MakeRun = Callable[..., Path]
 
@@ -30,6 +34,8 @@ def build_run(folder: Path, *, steps: int = 40, lr: float = 1e-4, evaluated: boo
         run.write_json("data.json", {"train": {"name": text or "minifact", "split": "train", "rows": 240, "sha256": "a" * 64}})
         for step in range(1, steps + 1):
             row: dict[str, Json] = {"step": step, "epoch": step / 20, "train/loss": 0.5 + 2 * math.exp(-step / 10), "train/tokens": 400}
+            layers = {f"grad/norm/layers.{i}.{text or 'q_proj'}": 0.1 * (i + 1) / step for i in range(3)}
+            row |= {"grad/health/vanishing": 0.0, "grad/health/exploding": float(step == 2), **layers}
             run.log_metrics(row | {"train/lr": lr, "grad/global_norm": 1 + 1 / step, f"train/{text or 'extra'}": step % 3})
             run.log_timing({"step": step, "step_s": 0.5, "tokens_per_s": 800.0 + step, "memory_bytes": 1_000_000_000 + step})
         run.log_metrics({"step": steps, "epoch": steps / 20, "dev/loss": 0.6})
@@ -38,6 +44,12 @@ def build_run(folder: Path, *, steps: int = 40, lr: float = 1e-4, evaluated: boo
             events.decision("route", chose="a", among=("a", "b"), because="cheaper", causes=(first,))
             events.emit("data.note", words=text or "plain")
         saved = Checkpoint(name="final", uri="x", kind="state", step=steps, base_model=config.base_model, lora=config.lora)
+        for step in (steps // 2, steps):
+            said: dict[str, Json] = {"step": step, "id": text or "claim-1", "prompt": text or "Is it so?", "target": text or "yes"}
+            said["completion"] = text or f"said at {step}"
+            run.log_timing({"step": step, "step_s": 0.5})
+            with closing(JsonLines(folder / "watched.jsonl")) as watched:
+                watched.append(said)
         run.checkpoints.publish(saved, lambda to: (to / "adapter_model.safetensors").write_bytes(b"\x01" * 500), metrics={"train/loss": 0.51}, fingerprint="f")
     if evaluated:
         evaluate(folder, "adapter", 0.7, text)
@@ -76,7 +88,21 @@ def build_workspace(root: Path) -> Path:
     )
     models.promote(f"{first.name}:{first.version}")
     models.register(Checkpoints(root / "run-1" / "checkpoints").latest(), "judge", parents=("judge:1",))
+    ask_everything(root / "events.jsonl")
+    build_study(root / "study")
     return root
+
+
+def build_study(folder: Path, *, name: str = "Ranks", because: str = "more can change") -> Path:
+    """A finished and analysed study on the fake backend: two arms, one seed."""
+    tree = {
+        "name": name, "backend": "fake", "seeds": [0], "scorers": ["label_accuracy"], "primary": "label_accuracy",
+        "sampling": {"max_tokens": 4, "temperature": 0.0}, "train": {"base_model": "tiny", "max_steps": 2, "batch_size": 4, "checkpoint_interval": 2},
+        "matrix": {"lora.rank": [2, 4]}, "data": {"name": "minifact", "train_limit": 8, "test_limit": 18},
+        "hypotheses": [{"better": "lora.rank=4", "than": "base", "because": because}],
+    }  # fmt: skip
+    analyse(run(experiment_from(tree), folder, jobs=0))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from crucible_framework.dashboard import Dashboard, Playground
 from crucible_framework.files import JsonLines
 from crucible_framework.store import open_run
 
-from .conftest import MakeRun, build_run
+from .asked import ask_everything
+from .conftest import build_run
 from .payloads import PAYLOADS
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-PAGES = ("", "runs/run-0", "compare?run=run-0&run=run-1", "models", "models/judge/2", "traces", "runs/run-0/trace")
+PAGES = (
+    "", "runs/run-0", "compare?run=run-0&run=run-1", "studies", "studies/study", "ensembles", "requests", "models", "models/judge/2", "traces",
+    "runs/run-0/trace",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def url(workspace: Path) -> Iterator[str]:
-    with connect("fake") as backend, Dashboard(workspace, every_s=0.05, playground=Playground(backend, {"base": "tiny"})) as dashboard:
+    with connect("fake") as backend, Dashboard(workspace, every_s=0.05, playground=Playground(backend, {"base": "tiny", "again": "tiny"})) as dashboard:
         yield dashboard.url
 
 
@@ -190,15 +194,21 @@ def test_the_theme_is_kept(page: Page, url: str) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 22, 20)"
 
 
-def test_the_playground_answers(page: Page, url: str) -> None:
+def test_the_playground_answers_votes_and_shades_tokens(page: Page, url: str) -> None:
     page.goto(url + "playground")
     page.fill("textarea[name=prompt]", "<b>What</b> is water?")
     page.check("#probabilities")
+    page.select_option("select[name=vote]", "majority")
     page.keyboard.press("Control+Enter")
-    page.fill("textarea[name=system]", "")
     page.locator("#send").click()
-    page.wait_for_selector("#answers .text")
-    assert page.locator("#answers .p").count() > 0
+    page.wait_for_selector("#answers .verdict-card")
+    assert page.locator("#answers article").count() == 3
+    assert page.locator("#answers .tokens .p").count() > 2
+    assert page.locator("#answers .text.plain").first.is_hidden()
+    assert (page.locator("#answers .tokens .p").first.get_attribute("title") or "").endswith("nats")
+    page.uncheck("#probabilities")
+    assert page.locator("#answers .text.plain").first.is_visible()
+    assert page.locator("#answers .verdict-card tbody tr").count() == 2
 
 
 def test_pages_can_be_read_without_scripts(browser: Browser, url: str) -> None:
@@ -211,23 +221,26 @@ def test_pages_can_be_read_without_scripts(browser: Browser, url: str) -> None:
     context.close()
 
 
-def test_fifty_runs_of_two_thousand_points_appear_quickly(page: Page, tmp_path: Path, make_run: MakeRun) -> None:
-    first = make_run(tmp_path / "r00", steps=2)
-    rows = b"".join(
-        b'{"step":%d,"epoch":0.1,"train/loss":%.4f,"train/lr":0.0001,"grad/global_norm":1.5,"train/tokens":400}\n' % (s, 2 / s) for s in range(1, 2001)
-    )
-    for index in range(50):
-        folder = tmp_path / f"r{index:02d}"
-        if folder != first:
-            shutil.copytree(first, folder)
-        (folder / "metrics.jsonl").write_bytes(rows)
+def test_a_page_that_is_open_follows_what_is_asked(page: Page, tmp_path: Path) -> None:
+    ask_everything(tmp_path / "events.jsonl", questions=["first?"])
+    with Dashboard(tmp_path, every_s=0.05) as dashboard:
+        page.goto(dashboard.url + "ensembles")
+        until(page, "document.querySelector('#live').textContent === 'live'")
+        ask_everything(tmp_path / "events.jsonl", questions=["second?"])
+        until(page, "document.body.textContent.includes('second?')")
+
+
+def test_stages_and_tags_are_changed_where_that_is_allowed(page: Page, workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "models", tmp_path / "models")
+    with Dashboard(tmp_path, write=True) as dashboard:
+        page.goto(dashboard.url + "models/judge/2")
+        page.select_option("select[name=stage]", "production")
+        page.locator("form[data-change=stage] button").click()
+        page.wait_for_selector("h1 .state.production")
+        page.fill("input[name=key]", "note")
+        page.fill("input[name=value]", "<b>ours</b>")
+        page.locator("form[data-change=tag] button").click()
+        page.get_by_text("<b>ours</b>").wait_for()
     with Dashboard(tmp_path) as dashboard:
-        start = time.monotonic()
-        page.goto(dashboard.url)
-        assert page.locator("#rows .spark").count() == 50
-        cold = time.monotonic() - start
-        start = time.monotonic()
-        page.goto(dashboard.url)
-        warm = time.monotonic() - start
-    assert warm < 1.5, "with what was read kept"
-    assert cold < 10, "1.5 s on an idle machine; this bound only tells that nothing is quadratic"
+        page.goto(dashboard.url + "models/judge/2")
+        assert page.locator("form[data-change]").count() == 0

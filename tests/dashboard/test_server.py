@@ -27,12 +27,16 @@ from .payloads import PAYLOADS
 
 PAGES = (
     "/", "/?q=run&sort=loss&desc=0", "/compare?run=run-0&run=run-1&metric=dev/loss", "/models", "/models/judge/2", "/traces", "/runs/run-0",
-    "/runs/run-0/trace", "/runs/run-0/trace?q=cheap&kind=decision",
+    "/runs/run-0/trace", "/runs/run-0/trace?q=cheap&kind=decision", "/studies", "/studies/study", "/ensembles", "/ensembles?only=split&q=two", "/requests",
 )  # fmt: skip
 FILES = {
     "/runs/run-0/trace.html": "text/html", "/runs/run-0/trace.mmd": "text/plain", "/runs/run-0/trace.json": "application/json",
     "/runs/run-0/metrics.csv": "text/csv", "/runs/run-0/charts/loss.svg": "image/svg+xml", "/runs/run-0/charts/grad.csv": "text/csv",
     "/models/judge/1/card.md": "text/markdown", "/compare.csv?run=run-0": "text/csv", "/api/runs/run-0/charts": "application/json",
+    "/runs/run-0/plots/layers.svg": "image/svg+xml", "/runs/run-0/plots/layers.csv": "text/csv", "/studies/study/plots/matrix.svg": "image/svg+xml",
+    "/studies/study/plots/matrix.csv": "text/csv", "/studies/study/plots/arms0.svg": "image/svg+xml", "/studies/study/plots/arms0.csv": "text/csv",
+    "/ensembles/plots/agreement.svg": "image/svg+xml", "/ensembles/plots/members.csv": "text/csv", "/requests/plots/latency.svg": "image/svg+xml",
+    "/requests/plots/shares.csv": "text/csv", "/compare/plots/d0.svg?run=run-0&run=run-1": "image/svg+xml", "/compare/plots/d0.csv?run=run-0": "text/csv",
     "/api/compare?run=run-0": "application/json", "/static/app.css": "text/css", "/static/report.css": "text/css", "/static/chart.js": "text/javascript",
 }  # fmt: skip
 
@@ -65,7 +69,8 @@ def test_pages_load_nothing_from_elsewhere_and_hold_no_inline_script(served: Cli
     "path",
     ["/runs/none", "/runs/..%2F..", "/runs/run-0/charts/loss.png", "/runs/run-0/charts/none.svg", "/runs/run-0/report.html", "/models/judge/9",
      "/models/none/1", "/static/..%2Fserver.py", "/static/../server.py", "/static/none.js", "/static/theme", "/nowhere", "/compare?run=none",
-     "/playground", "/runs/none/trace"],
+     "/playground", "/runs/none/trace", "/studies/none", "/studies/run-0", "/studies/..%2F..", "/studies/study/report.html", "/studies/study/plots/none.svg",
+     "/ensembles/plots/agreement.png", "/requests/plots/none.csv", "/runs/study::none", "/runs/study::..", "/runs/..::x"],
 )  # fmt: skip
 def test_what_is_not_there_is_said_to_be_missing(served: Client, path: str) -> None:
     status, headers, body = served.ask(path)

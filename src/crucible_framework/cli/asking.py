@@ -18,7 +18,7 @@ from ..plugins import load_attribute
 from ..protocols import Backend, Router, Sampler
 from ..records import Completion, Message, SamplingParams
 from ..records import Prompt as AnyPrompt
-from .jobs import chat, resolve_model
+from .jobs import chat, kept_events, resolve_model
 from .reply import Reply
 
 __all__ = ["sample"]
@@ -62,7 +62,7 @@ def sample(
         raise ConfigError("There is no prompt. Give one after the model, `-` for standard input, or -i for a chat.")
     if not route and (router_state is not None or reward is not None):
         raise ConfigError("--router-state and --reward are for several models and there is one. Name the others: --route MODEL")
-    with connect(backend) as engine, events.collect() as seen:
+    with kept_events(), connect(backend) as engine, events.collect() as seen:
         asked, hedges, routing = _asked(
             engine, [model, *(route or [])], hedge=hedge, after_s=hedge_after_s, router=_router(router, router_state), reward=reward
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +26,8 @@ from ..records import Evaluation, SamplingParams
 from ..reports import write_report
 from ..reports.study import is_study, write_study_report
 from ..store import Checkpoints, Models, list_runs, load_checkpoint, read_run
-from ..training import Trainer, progress_bar, received_signal
+from ..training import Callback, Trainer, progress_bar, received_signal
+from ..training import watch as watching
 from . import show
 from .asking import sample
 from .checkup import examine
@@ -63,7 +65,7 @@ def demo(*, dataset: str = "minifact", base_model: str | None = None, folder: Pa
 def train(
     config: Path | None = None, /, *, settings: Settings = None, base_model: str | None = None, dataset: str | None = None, split: str | None = None,
     dev: str | None = None, limit: int | None = None, folder: Path | None = None, backend: str | None = None, loss: str | None = None,
-    max_steps: int | None = None, resume: bool = False,
+    max_steps: int | None = None, watch: int = 0, resume: bool = False,
 ) -> Reply:  # fmt: skip
     """Train an adapter from a TOML file, flags, or both.
 
@@ -78,6 +80,7 @@ def train(
         backend: local or fake.
         loss: a registered loss.
         max_steps: optimizer steps.
+        watch: that many examples (of `dev` where there is one) are answered at every checkpoint; `crucible ui` shows how.
         resume: go on from the folder's latest checkpoint.
     """
     chosen = {"name": dataset, "split": split, "dev": dev, "limit": limit}
@@ -85,11 +88,11 @@ def train(
              "data": {key: value for key, value in chosen.items() if value is not None} or None}  # fmt: skip
     job = load_job(config, settings or [], flags)
     rows, held_out = load_data(job.data, job.data.split), load_data(job.data, job.data.dev) if job.data.dev else None
-    with (
-        connect(job.backend) as engine,
-        progress_bar() as bar,
-        Trainer(engine, job.config(), folder=job.folder, callbacks=(bar,), resume=resume, command=typed.get()) as trainer,
-    ):
+    with connect(job.backend) as engine, progress_bar() as bar, contextlib.ExitStack() as stack:
+        callbacks: list[Callback] = [bar]
+        if watch > 0:
+            callbacks.append(watching((held_out or rows).examples[:watch], lambda: trainer.sampler(), job.folder))  # noqa: PLW0108 - the trainer is made after
+        trainer = stack.enter_context(Trainer(engine, job.config(), folder=job.folder, callbacks=callbacks, resume=resume, command=typed.get()))
         result = trainer.train(rows, held_out)
     text = (
         f"{result.steps} steps, {result.tokens:,} tokens, {result.duration_s:.0f} s; ended by {result.stopped}.\n"

@@ -15,6 +15,7 @@ from ..inference.answers import Kind
 from ..records import SamplingParams, Verdict
 from . import show
 from .asking import pool_of
+from .jobs import kept_events
 from .reply import Reply
 
 __all__ = ["ensemble", "register"]
@@ -48,7 +49,7 @@ def ensemble(
         raise ConfigError(f"An ensemble got {len(models)} model; expected at least two. One model alone: crucible sample MODEL PROMPT")
     words = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with connect(backend) as engine:
+    with kept_events(), connect(backend) as engine:
         asked = Ensemble(pool_of(engine, models), vote, mode, read=read, quorum=quorum, deadline_s=deadline_s, hedge_delay_s=hedge_delay_s)
         verdict = asked.ask(words, params)
     return Reply(_plain(verdict), _text(verdict))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import from_dict, load_toml, merge, parse_overrides, places
@@ -11,9 +13,10 @@ from ..data import load_dataset
 from ..errors import NotFoundError
 from ..protocols import Sampler
 from ..records import Checkpoint, Completion, Dataset, Message, SamplingParams, TrainConfig, record
+from ..sinks import to_jsonl
 from ..store import Checkpoints, Models, load_checkpoint
 
-__all__ = ["DataChoice", "TrainJob", "chat", "load_data", "load_job", "resolve_model"]
+__all__ = ["DataChoice", "TrainJob", "chat", "kept_events", "load_data", "load_job", "resolve_model"]
 
 
 @record
@@ -76,6 +79,20 @@ def _latest(run: Path) -> Checkpoint:
     if not found:
         raise NotFoundError(f"The run {str(run)!r} has no checkpoint yet. Train it first, or resume it with `crucible train … --resume`.")
     return load_checkpoint(found[-1].local_path or run)
+
+
+@contextmanager
+def kept_events() -> Iterator[None]:
+    """What happens in the block, outside any run, goes to the workspace's events.jsonl, which the dashboard reads; nowhere without a workspace."""
+    root = places().runs
+    if not root.is_dir():
+        yield
+        return
+    end = to_jsonl(root / "events.jsonl")
+    try:
+        yield
+    finally:
+        end()
 
 
 def chat(sampler: Sampler, params: SamplingParams, messages: tuple[Message, ...]) -> tuple[Completion, ...]:

@@ -6,14 +6,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from ..backends import connect
-from ..config import from_dict, load_toml, merge
+from ..config import from_dict, load_toml, merge, places
+from ..dashboard import beside
+from ..errors import UnsafeError
 from ..server import ServeConfig, keys_of
 from ..server import serve as run_server
+from ..server.hosts import is_loopback
 from .reply import Reply
 
 __all__ = ["register"]
@@ -24,7 +27,7 @@ Models = Annotated[list[str] | None, Parameter(name="--model", help="A base mode
 
 def serve(
     config: Path | None = None, /, *, host: str | None = None, port: int | None = None, folder: Path | None = None, model: Models = None,
-    backend: str = "local", verbose: bool = False,
+    backend: str = "local", verbose: bool = False, ui: bool | None = None,
 ) -> Reply:  # fmt: skip
     """Serve models over the Tinker protocol and an OpenAI-compatible one, until Ctrl-C.
 
@@ -34,14 +37,28 @@ def serve(
         port: 0 takes a free one.
         folder: runs, checkpoints and keys.
         backend: local or fake.
+        ui: the dashboard at the same address; by default where only this machine can ask and no key is needed.
         verbose: says every few seconds who is there and what waits.
     """
     flags: dict[str, object] = {"host": host, "port": port, "folder": folder, "models": tuple(model) if model else None}
     given = {key: value for key, value in flags.items() if value is not None}
     chosen = from_dict(ServeConfig, merge(load_toml(config) if config else {}, given))
-    with connect(backend) as engine, run_server(engine, chosen, background=False) as server:
+    shown, ends = _shown(ui, chosen), list[Callable[[], None]]()
+
+    def front(api: Callable[..., Any]) -> Callable[..., Any]:
+        if not shown:
+            return api
+        root = places().runs
+        root.mkdir(parents=True, exist_ok=True)
+        both, end = beside(api, root)
+        ends.append(end)
+        return both
+
+    with connect(backend) as engine, run_server(engine, chosen, background=False, front=front) as server:
         keys = "keys are needed" if keys_of(chosen).list() else "open to programs on this machine"
         print(f"Serving {backend} at {server.url} ({keys}). Ctrl-C ends it.", file=sys.stderr, flush=True)
+        if shown:
+            print(f"  Dashboard: {server.url}/", file=sys.stderr, flush=True)
         print(f"  export TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-local", file=sys.stderr, flush=True)
         done = threading.Event()
         if verbose:
@@ -50,7 +67,23 @@ def serve(
             server.run()
         finally:
             done.set()
+            for end in ends:
+                end()
     return Reply({"url": server.url}, "Stopped. Checkpoints are kept.")
+
+
+def _shown(ui: bool | None, chosen: ServeConfig) -> bool:
+    """Whether the dashboard is served too; it knows no keys, so only where nobody else can ask.
+
+    Raises:
+        UnsafeError: it was asked for where others can reach it.
+    """
+    own = is_loopback(chosen.host)
+    if ui and not own:
+        raise UnsafeError(
+            f"The dashboard was asked for on {chosen.host!r}, which others can reach, and it knows no keys. Serve on 127.0.0.1, or leave out --ui."
+        )
+    return own and not keys_of(chosen).active() if ui is None else ui
 
 
 def _watch(status: Callable[[], str], done: threading.Event) -> None:

@@ -22,7 +22,15 @@ Models = Annotated[list[str] | None, Parameter(help="A model that the page may a
 
 
 def ui(
-    folder: Path | None = None, /, *, port: int = 0, browser: bool = True, playground: Models = None, backend: str = "local", seconds: float | None = None
+    folder: Path | None = None,
+    /,
+    *,
+    port: int = 0,
+    browser: bool = True,
+    playground: Models = None,
+    backend: str = "local",
+    write: bool = False,
+    seconds: float | None = None,
 ) -> Reply:
     """Show the runs of the workspace in the browser, live, until Ctrl-C.
 
@@ -32,13 +40,14 @@ def ui(
         browser: open one.
         playground: models to ask.
         backend: what runs the models of the playground: local or fake.
+        write: let the page change stages and tags of models; else it only reads.
         seconds: end by itself after that long.
     """
     root = folder or places().runs
     engine = connect(backend) if playground else None
     try:
         asked = Playground(engine, {name: resolve_model(name) for name in playground}) if engine and playground else None
-        with Dashboard(root, port=port, playground=asked) as dashboard, contextlib.suppress(KeyboardInterrupt):
+        with Dashboard(root, port=port, playground=asked, write=write) as dashboard, contextlib.suppress(KeyboardInterrupt):
             print(f"Dashboard: {dashboard.url}  (Ctrl-C ends it)", file=sys.stderr, flush=True)
             if browser:
                 webbrowser.open(dashboard.url)

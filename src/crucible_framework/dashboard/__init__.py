@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .cards import model_card
 from .playground import Answer, Playground
-from .server import make_app
+from .server import beside, make_app
 from .serving import Dashboard
 from .trace import Trace, TraceDiff, TraceNode, diff_traces, load_trace
 from .trace_page import render_trace
@@ -19,6 +19,7 @@ __all__ = [
     "Trace",
     "TraceDiff",
     "TraceNode",
+    "beside",
     "diff_traces",
     "load_trace",
     "make_app",

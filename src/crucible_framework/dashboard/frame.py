@@ -10,9 +10,11 @@ from ..records import Estimate
 from ..reports import words
 from ..reports.markup import Markup, element, join
 
-__all__ = ["button", "choice", "estimate_words", "field", "link", "page", "part", "spark", "status", "table", "url"]
+__all__ = ["button", "choice", "empty_state", "estimate_words", "field", "link", "page", "part", "spark", "status", "table", "url"]
 
-_TABS = (("Runs", "/"), ("Models", "/models"), ("Traces", "/traces"))
+_TABS = (
+    ("Runs", "/"), ("Experiments", "/studies"), ("Ensembles", "/ensembles"), ("Requests", "/requests"), ("Models", "/models"), ("Traces", "/traces"),
+)  # fmt: skip
 
 
 def url(*parts: str, query: Mapping[str, str | Sequence[str]] | None = None) -> str:
@@ -68,6 +70,13 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, name: str, n
     )
     drawn = element("table", {"class": "cards", "aria-label": name}, element("thead", None, head), element("tbody", None, *body))
     return element("div", {"class": "scroll", "role": "region", "aria-label": name, "tabindex": "0"}, drawn)
+
+
+def empty_state(what: str, text: str, code: str) -> Markup:
+    """What a page shows before it has anything to show: what is missing, what would be here, and how to get it."""
+    return element(
+        "div", {"class": "empty"}, element("p", None, what), element("p", {"class": "soft"}, text), element("pre", None, code)
+    )  # fmt: skip
 
 
 def spark(points: Sequence[tuple[float, float]], label: str) -> Markup:

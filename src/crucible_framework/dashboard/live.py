@@ -14,12 +14,13 @@ from pathlib import Path
 import orjson
 
 from ..errors import CrucibleError
+from ..files import held
 from ..records import Json
 from .reading import Tail, Workspace
 from .runs_page import row_markup
 from .views import run_row
 
-__all__ = ["FILES", "cursor_now", "last_rows", "message", "parts_now", "run_stream", "table_stream"]
+__all__ = ["FILES", "cursor_now", "last_rows", "message", "parts_now", "run_stream", "stamp_stream", "study_stamp", "table_stream"]
 
 FILES = ("metrics.jsonl", "timings.jsonl", "events.jsonl")
 _KEEP_ALIVE = 15.0
@@ -69,7 +70,7 @@ def _whole(path: Path, size: int) -> int:
 
 def parts_now(folder: Path, status: str) -> str:
     """A digest of what the run page shows besides rows; it changes when one of its files does."""
-    watched = [folder / name for name in ("run.json", "data.json", "findings.json", "samples.json", "checkpoints")]
+    watched = [folder / name for name in ("run.json", "data.json", "findings.json", "samples.json", "watched.jsonl", "checkpoints")]
     watched += sorted(folder.glob("checkpoints/*")) + sorted(folder.glob("eval/*/evaluation.json"))
     found: list[object] = [status]
     for path in watched:
@@ -110,6 +111,38 @@ async def run_stream(workspace: Workspace, name: str, *, cursor: str, parts: str
             parts = found
             yield message("parts", {"status": now})
         quiet = 0.0 if rows else quiet + every_s
+        if quiet >= _KEEP_ALIVE:
+            quiet = 0.0
+            yield b": still here\n\n"
+        await asyncio.sleep(every_s)
+
+
+def study_stamp(folder: Path) -> str:
+    """Changes when a cell of the study begins or ends, or when the study is analysed."""
+    watched = [folder / name for name in ("findings.json", "timings.jsonl")] + sorted(folder.glob("cells/*.json")) + sorted(folder.glob("cells/*/run/run.json"))
+    found: list[object] = [held(folder / ".lock")]
+    for path in watched:
+        try:
+            found.append((path.name, path.stat().st_mtime_ns))
+        except OSError:
+            continue
+    return hashlib.blake2b(repr(found).encode(), digest_size=8).hexdigest()
+
+
+async def stamp_stream(stamp: Callable[[], str], *, after: str, closing: Callable[[], bool], every_s: float) -> AsyncIterator[bytes]:
+    """Word (`parts`) whenever a stamp changes; `after` is the one that the page was made from."""
+    yield message("hello", {})
+    known, quiet = after, 0.0
+    while not closing():
+        try:
+            now = await asyncio.to_thread(stamp)
+        except (CrucibleError, OSError) as error:
+            yield message("gone", {"error": str(error)})
+            return
+        if now != known:
+            known, quiet = now, 0.0
+            yield message("parts", {"stamp": now})
+        quiet += every_s
         if quiet >= _KEEP_ALIVE:
             quiet = 0.0
             yield b": still here\n\n"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from ..records import ModelVersion
 from ..reports import words
 from ..reports.markup import Markup, element, join
+from ..store import Stage
 from .cards import Ancestor
-from .frame import link, page, status, table, url
+from .frame import empty_state, field, link, page, status, table, url
 
 __all__ = ["lineage_svg", "model_page", "models_page"]
 
@@ -26,10 +28,10 @@ def models_page(versions: Sequence[ModelVersion], broken: Sequence[str], tabs: S
             link(f"{one.name}:{one.version}", url("models", one.name, str(one.version))), status(one.stage), one.checkpoint.base_model,
             metrics or words.NOTHING, join(*tags), words.size(one.checkpoint.size_bytes), words.when(one.created_at),
         ))  # fmt: skip
-    drawn = table(
-        ("Version", "Stage", "Base model", "Metrics", "Tags", "Size", "Made"), rows, name="Models", numeric=(5,),
-        empty="No model is registered yet: crucible models register RUN.",
-    )  # fmt: skip
+    drawn = table(("Version", "Stage", "Base model", "Metrics", "Tags", "Size", "Made"), rows, name="Models", numeric=(5,))
+    if not rows:
+        what = "A registered version is a checkpoint with a name, a stage, tags, metrics and its lineage."
+        drawn = empty_state("No model is registered yet.", what, "crucible models register runs/demo judge\ncrucible models promote judge:1")
     notices = element("aside", {"class": "notices"}, element("ul", None, *(element("li", None, why) for why in broken))) if broken else join()
     top = element("div", {"class": "top"}, element("h1", None, "Models"), element("p", {"class": "subtitle"}, words.counted(len(versions), "version")))
     return page("Models", top, notices, drawn, tab="/models", tabs=tabs)
@@ -111,8 +113,25 @@ def _section(title: str, content: Markup) -> Markup:
     return element("section", None, element("h2", None, title), content)
 
 
-def model_page(version: ModelVersion, nodes: Sequence[Ancestor], tabs: Sequence[tuple[str, str]]) -> str:
-    """One version."""
+def _changes(version: ModelVersion) -> Markup:
+    """The forms of a dashboard that may write."""
+    stages = (element("option", {"value": one, "selected": "" if one == version.stage else None}, one) for one in get_args(Stage))
+    stage = element(
+        "form", {"class": "tools change", "data-change": "stage"}, element("label", None, "Stage ", element("select", {"name": "stage"}, *stages)),
+        element("button", {"type": "submit"}, "Set"),
+    )  # fmt: skip
+    tag = element(
+        "form", {"class": "tools change", "data-change": "tag"},
+        element("label", None, "Tag ", field({"type": "text", "name": "key", "required": "", "maxlength": "64", "autocomplete": "off"})),
+        element("label", None, "Value ", field({"type": "text", "name": "value", "maxlength": "256", "placeholder": "empty takes it away"})),
+        element("button", {"type": "submit"}, "Set"),
+    )  # fmt: skip
+    said = element("p", {"id": "said", "class": "note", "role": "status", "aria-live": "polite"})
+    return element("section", {"id": "change"}, element("h2", None, "Change"), stage, tag, said)
+
+
+def model_page(version: ModelVersion, nodes: Sequence[Ancestor], tabs: Sequence[tuple[str, str]], token: str = "") -> str:
+    """One version; with a token, the page may change its stage and tags."""
     name, checkpoint = f"{version.name}:{version.version}", version.checkpoint
     facts = [
         ("Base model", checkpoint.base_model),
@@ -134,4 +153,5 @@ def model_page(version: ModelVersion, nodes: Sequence[Ancestor], tabs: Sequence[
         _section("Metrics", table(("Metric", "Value"), metrics, name="Metrics", numeric=(1,), empty="None were given.")),
         _section("Tags", table(("Tag", "Value"), sorted(version.tags.items()), name="Tags", empty="None.")),
     )
-    return page(name, *body, tab="/models", tabs=tabs)
+    changes = _changes(version) if token else join()
+    return page(name, *body, changes, tab="/models", tabs=tabs, script="change.js" if token else "", token=token)

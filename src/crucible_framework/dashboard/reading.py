@@ -12,6 +12,8 @@ import os
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -27,6 +29,7 @@ __all__ = ["Chunk", "Curves", "Tail", "Workspace"]
 _MOST_BYTES = 8 << 20
 """Bytes read of one file in one look at the most."""
 _KEPT_RUNS = 256
+CELL = "::"
 _WATCHED = ("run.json", "config.json", "metrics.jsonl")
 
 
@@ -40,10 +43,10 @@ class Chunk:
 
 
 class Tail:
-    """The rows of one JSON-lines file from a cursor on; "" is its start."""
+    """The rows of one JSON-lines file from a cursor on; "" is its start. With `only`, rows whose line holds none of these texts are passed over."""
 
-    def __init__(self, path: Path, cursor: str = "") -> None:
-        self.path = path
+    def __init__(self, path: Path, cursor: str = "", only: Sequence[bytes] = ()) -> None:
+        self.path, self._only = path, tuple(only)
         inode, _, offset = cursor.partition("-")
         known = inode.isdecimal() and offset.isdecimal()
         self._inode, self._offset = (int(inode), int(offset)) if known else (0, 0)
@@ -76,7 +79,8 @@ class Tail:
                 data = file.read(_MOST_BYTES)
         data = data[: data.rfind(b"\n") + 1]
         self._offset += len(data)
-        parsed = [_row(line) for line in data.split(b"\n") if line]
+        lines = [line for line in data.split(b"\n") if line and (not self._only or any(text in line for text in self._only))]
+        parsed = [_row(line) for line in lines]
         rows = tuple(row for row in parsed if row is not None)
         return Chunk(rows=rows, again=again, damaged=len(parsed) - len(rows))
 
@@ -160,24 +164,45 @@ class Workspace:
         with storage_errors(self.root, "read"):
             return tuple(sorted(p.parent.name for p in self.root.glob("*/run.json") if not p.parent.name.startswith(".")))
 
+    def studies(self) -> tuple[str, ...]:
+        """The folders that hold a study, sorted."""
+        with storage_errors(self.root, "read"):
+            return tuple(sorted(p.parent.name for p in self.root.glob("*/plan.json") if not p.parent.name.startswith(".")))
+
+    def study(self, name: str) -> Path:
+        """A study's folder.
+
+        Raises:
+            NotFoundError: no study has exactly this name.
+        """
+        if not _plain(name) or not (self.root / name / "plan.json").is_file():
+            raise NotFoundError(f"There is no study {name!r} in {str(self.root)!r}. Open the list of experiments and choose one.")
+        return self.root / name
+
     def folder(self, name: str) -> Path:
-        """A run's folder.
+        """A run's folder; the run of a study's cell is called "study::cell".
 
         Raises:
             NotFoundError: no run has exactly this name; a path is no name.
         """
-        if not name or name.startswith(".") or any(sign in name for sign in "/\\\0") or not (self.root / name / "run.json").is_file():
+        found = self.root / name
+        if _plain(name) and (found / "run.json").is_file():
+            return found
+        study, _, cell = name.partition(CELL)
+        found = self.root / study / "cells" / cell / "run"
+        if not (_plain(study) and _plain(cell)) or not (found / "run.json").is_file():
             raise NotFoundError(f"There is no run {name!r} in {str(self.root)!r}. Open the list of runs and choose one.")
-        return self.root / name
+        return found
 
     def signature(self, name: str) -> tuple[object, ...]:
         """Changes whenever the run's state or curves do."""
-        folder = self.root / name
+        folder = self.folder(name)
         return tuple(_stamp(folder / file) for file in _WATCHED)
 
     def changed_s(self, name: str) -> float:
         """When one of those files last changed, in seconds since the epoch."""
-        return max(_stamp(self.root / name / file)[2] for file in _WATCHED) / 1e9
+        folder = self.folder(name)
+        return max(_stamp(folder / file)[2] for file in _WATCHED) / 1e9
 
     def info(self, name: str) -> RunInfo:
         """What the run's files say of it; damaged ones give the status "broken"."""
@@ -188,11 +213,11 @@ class Workspace:
         if kept and kept[0] == signature and kept[1].status != "running":
             return kept[1]
         try:
-            info = read_run(self.folder(name))
+            info = replace(read_run(self.folder(name)), name=name)
         except NotFoundError:
             raise
         except Exception:
-            info = next((one for one in list_runs(self.root) if one.name == name), None) or read_run(self.root / name)
+            info = next((one for one in list_runs(self.root) if one.name == name), None) or replace(read_run(self.folder(name)), name=name)
         with self._lock:
             self._infos[name] = (signature, info)
         return info
@@ -218,6 +243,11 @@ class Workspace:
                 self._curves.popitem(last=False)
         curves.update()
         return curves
+
+
+def _plain(name: str) -> bool:
+    """Whether a name is that of a folder, and no path."""
+    return bool(name) and not name.startswith(".") and not any(sign in name for sign in "/\\\0")
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

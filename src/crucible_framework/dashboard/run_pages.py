@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..records import Json
 from ..reports import words
-from ..reports.charts import dot_plot, line_chart
+from ..reports.charts import line_chart
 from ..reports.document import build
 from ..reports.evidence import is_baseline
 from ..reports.markup import Markup, element, join
-from ..reports.parts import DotPlot, Interval, LineChart, Series
+from ..reports.parts import Document, DotPlot, Interval, LineChart, Section, Series
 from ..reports.parts import Table as ReportTable
-from ..reports.web import render_section
+from ..reports.web import render_block
+from .figures import Plot, figure, plot_svg, plots_in, section
 from .frame import choice, field, link, page, part, status, table, url
 from .views import ChartView, Comparison, RunPage, smoothed
 
-__all__ = ["MOST_COMPARED", "chart_svg", "compare_page", "event_rows", "run_html"]
+__all__ = ["MOST_COMPARED", "chart_svg", "compare_page", "compare_plots", "event_rows", "run_html", "run_plots"]
 
 MOST_COMPARED = 16
-_STYLE = (
-    "svg{background:#fbfaf8}text{font:12px system-ui,sans-serif;fill:#625d55}.grid{stroke:#e8e5de}.axis{stroke:#625d55}"
-    ".curve{fill:none;stroke:#56657a;stroke-width:1.25;stroke-linejoin:round}.curve.smooth{stroke:#b0451b;stroke-width:2.25}"
-    ".curve.held_out{stroke:#2c6a45;stroke-width:1.5;stroke-dasharray:5 4}.mark{fill:#1f1d1a}.mark.held_out{fill:#2c6a45}"
-)
 
 
 def _as_line_chart(view: ChartView) -> LineChart:
@@ -38,10 +35,7 @@ def _as_line_chart(view: ChartView) -> LineChart:
 
 def chart_svg(view: ChartView) -> str:
     """The chart as an SVG file of its own."""
-    drawn, _, _ = line_chart(_as_line_chart(view), f"chart-{view.key}").partition("</svg>")
-    head, _, rest = drawn.partition(">")
-    style = element("style", None, Markup(_STYLE))
-    return f'{head} xmlns="http://www.w3.org/2000/svg" width="960" height="465">{style}{rest}</svg>\n'
+    return plot_svg(_as_line_chart(view), f"chart-{view.key}")
 
 
 def _plot(name: str, view: ChartView) -> Markup:
@@ -73,6 +67,59 @@ def event_rows(events: Sequence[Mapping[str, Json]]) -> list[Markup]:
     return rows
 
 
+def _sections(document: Document) -> list[Section]:
+    """The report's sections without its curves, which the page draws live."""
+    found = []
+    for one in document.sections:
+        blocks = tuple(block for block in one.blocks if not isinstance(block, LineChart))
+        if blocks:
+            found.append(replace(one, blocks=blocks))
+    return found
+
+
+def run_plots(view: RunPage) -> dict[str, Plot]:
+    """The plots of the page that do not grow by rows, by key."""
+    layers = {"layers": view.layers} if view.layers is not None else {}
+    return {**layers, **plots_in(_sections(build(view.files)))}
+
+
+def _layers(view: RunPage) -> Markup:
+    """Gradients per layer and what the hook `health` counted; empty where no hook looked."""
+    if view.layers is None and view.issues is None:
+        return part("layers")
+    drawn = figure(view.layers, "layers", ("runs", view.info.name), wide=True) if view.layers is not None else join()
+    counted = render_block(view.issues, "issues") if view.issues is not None else join()
+    return part("layers", drawn, counted, title="Gradient health")
+
+
+def _watched(view: RunPage) -> Markup:
+    """The same examples as the model answered them at one checkpoint after another; an answer that did not change is told once."""
+    cards = []
+    for one in view.watched:
+        rows: list[Markup] = []
+        before: str | None = None
+        for step, text in one.answers:
+            same = text == before
+            told = element("td", {"class": "soft"}, "as before") if same else element("td", {"class": "said"}, words.clip(text, 600) or "(empty)")
+            right = text.strip() == one.target.strip() and bool(one.target)
+            mark = element("span", {"class": "mark-right", "title": "equals the target"}, " ✓") if right else ""
+            rows.append(element("tr", None, element("th", {"scope": "row", "class": "number"}, f"{step:,}"), told, element("td", None, mark)))
+            before = text
+        prompt = element("details", None, element("summary", None, "Prompt"), element("div", {"class": "text"}, one.prompt))
+        target = element("p", {"class": "small"}, element("span", {"class": "soft"}, "target "), words.clip(one.target, 300)) if one.target else join()
+        head = element(
+            "thead",
+            None,
+            element("tr", None, *(element("th", {"scope": "col", "class": css}, t) for t, css in (("step", "number"), ("answer", None), ("", None)))),
+        )
+        table_ = element("table", {"class": "watched", "aria-label": f"Answers to {one.id}"}, head, element("tbody", None, *rows))
+        cards.append(element("article", {"class": "sample"}, element("h3", None, one.id), target, table_, prompt))
+    if not cards:
+        return part("watched")
+    note = element("p", {"class": "note"}, "The same examples, answered at every checkpoint.")
+    return part("watched", note, element("div", {"class": "plots"}, *cards), title="Samples as training goes")
+
+
 def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool) -> str:
     """The whole page; `cursor` and `parts` are where its live updates begin."""
     name = view.info.name
@@ -93,7 +140,13 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
         element("p", {"class": "links"}, *links),
         *([element("aside", {"class": "notices"}, element("ul", None, *(element("li", None, one) for one in notices)))] if notices else ()),
     )
-    shown = [("curves", "Curves"), *((one.key, one.title) for one in document.sections), ("events", "Events")]
+    own = [("layers", "Gradient health", view.layers or view.issues), ("watched", "Samples as training goes", view.watched)]
+    shown = [
+        ("curves", "Curves"),
+        *((key, text) for key, text, there in own if there),
+        *((one.key, one.title) for one in _sections(document)),
+        ("events", "Events"),
+    ]
     contents = element("nav", {"class": "contents", "aria-label": "Contents"}, element("ul", None, *(element("li", None, link(b, f"#{a}")) for a, b in shown)))
     slider = field({"type": "range", "min": "0", "max": "0.99", "step": "0.01", "value": "0.9", "id": "smoothing", "aria-label": "Smoothing"})
     controls = element(
@@ -110,14 +163,10 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
         controls if view.charts else join(),
         plots,
     )
+    layers = _layers(view)
     empty = element("p", {"class": "note"}, "No metrics yet: they appear with the first step.") if not view.charts else join()
-    sections = []
-    for section in document.sections:
-        blocks = tuple(block for block in section.blocks if not isinstance(block, LineChart))
-        if blocks:
-            sections.append(
-                element("div", {"data-part": f"part-{section.key}"}, render_section(type(section)(key=section.key, title=section.title, blocks=blocks)))
-            )
+    kept = _sections(document)
+    sections = [element("div", {"data-part": f"part-{one.key}"}, section(one, ("runs", name))) for one in kept]
     log = element(
         "section",
         {"id": "events", "aria-labelledby": "events-heading"},
@@ -129,7 +178,18 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
             element("table", None, element("tbody", {"id": "log"}, *event_rows(events))),
         ),
     )
-    body = element("div", {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts}, head, contents, curves, empty, *sections, log)
+    body = element(
+        "div",
+        {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts},
+        head,
+        contents,
+        curves,
+        empty,
+        layers,
+        _watched(view),
+        *sections,
+        log,
+    )
     return page(name, body, tab="/", script="run.js", tabs=tabs)
 
 
@@ -154,6 +214,11 @@ def _interval_rows(view: Comparison) -> list[DotPlot]:
     ]
 
 
+def compare_plots(view: Comparison) -> dict[str, Plot]:
+    """The plots of evaluations by key."""
+    return {f"d{index}": one for index, one in enumerate(_interval_rows(view))}
+
+
 def compare_page(view: Comparison, metric: str, tabs: Sequence[tuple[str, str]]) -> str:
     """Several runs over one metric, the settings that differ, last values, and evaluations with intervals per data set."""
     keep = (field({"type": "hidden", "name": "run", "value": name}) for name in view.names)
@@ -168,7 +233,7 @@ def compare_page(view: Comparison, metric: str, tabs: Sequence[tuple[str, str]])
         element("b", {"id": "chart-title"}, metric),
         element("span", {"class": "save"}, link("SVG", "#", id="svg", download="compare.svg"), data),
     )
-    figure = element(
+    overlay = element(
         "figure",
         {"class": "plot wide", "id": "overlay"},
         caption,
@@ -186,10 +251,7 @@ def compare_page(view: Comparison, metric: str, tabs: Sequence[tuple[str, str]])
         [(name, *(words.number(info.metrics.get(name)) for info in view.infos)) for name in view.metrics],
         name="Last values", numeric=range(1, len(view.names) + 1), empty="There are no metrics yet.",
     )  # fmt: skip
-    plots = [
-        element("figure", None, element("figcaption", None, element("b", None, one.title)), dot_plot(one, f"d{i}"))
-        for i, one in enumerate(_interval_rows(view))
-    ]
+    plots = [figure(one, key, ("compare",), query={"run": view.names}) for key, one in compare_plots(view).items()]
     note = element(
         "p",
         {"class": "note"},
@@ -206,7 +268,7 @@ def compare_page(view: Comparison, metric: str, tabs: Sequence[tuple[str, str]])
             *(element("span", {"class": f"chip c{i % 8}", "data-run": name}, title) for i, (name, title) in enumerate(zip(view.names, titles, strict=True))),
         ),
         controls,
-        figure,
+        overlay,
         element("section", None, element("h2", None, "Settings that differ"), settings),
         element("section", None, element("h2", None, "Last values"), last),
         *([element("section", None, element("h2", None, "Evaluations"), note, element("div", {"class": "plots"}, *plots))] if plots else ()),

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from ..reports import words
 from ..reports.markup import Markup, element, join
-from .frame import button, estimate_words, field, link, page, spark, status, url
+from .frame import button, empty_state, estimate_words, field, link, page, spark, status, url
 from .views import RunRow
 
 __all__ = ["filtered", "ordered", "row_markup", "runs_page"]
@@ -132,12 +132,9 @@ def runs_page(rows: Sequence[RunRow], *, now_s: float, root: str, query: str, by
         list_ = element("div", {"class": "scroll", "role": "region", "aria-label": "Runs", "tabindex": "0"}, drawn)
         content = join(list_, empty)
     else:
-        content = element(
-            "p",
-            {"class": "note"},
-            "There are no runs here yet. Make one: ",
-            element("code", None, "crucible demo --quick"),
-            ". It appears here while it trains.",
+        what = "Each run is a folder with its settings, curves, checkpoints and events. It appears here while it trains."
+        content = empty_state(
+            "There are no runs here yet.", what, "crucible demo --quick\ncrucible train --base-model tiny --dataset minifact --folder runs/first"
         )
     keys = element("p", {"class": "keys"}, *_keys(("/", "filter"), ("j k", "move"), ("x", "choose"), ("Enter", "open"), ("c", "compare")))
     return page("Runs", top, content, keys, tab="/", script="runs.js", tabs=tabs)

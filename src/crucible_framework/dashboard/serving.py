@@ -29,6 +29,7 @@ class Dashboard:
         port: 0 takes a free one.
         playground: models that may be asked; the caller closes their backend.
         every_s: how often files are looked at for live pages.
+        write: whether stages and tags of models may be changed.
 
     It listens on the loopback address only: from elsewhere, use a tunnel (ssh -L).
 
@@ -36,8 +37,8 @@ class Dashboard:
         NotFoundError: there is no such folder. ConfigError: the port is taken, or the web libraries are not installed.
     """
 
-    def __init__(self, root: str | Path, *, port: int = 0, playground: Playground | None = None, every_s: float = 0.5) -> None:
-        app, self._end_streams = build(Path(root), playground, (), secrets.token_urlsafe(24), every_s)
+    def __init__(self, root: str | Path, *, port: int = 0, playground: Playground | None = None, every_s: float = 0.5, write: bool = False) -> None:
+        app, self._end_streams = build(Path(root), playground, (), secrets.token_urlsafe(24), every_s, write=write)
         try:
             import uvicorn
         except ImportError as error:

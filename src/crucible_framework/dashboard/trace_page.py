@@ -8,7 +8,7 @@ from pathlib import Path
 from ..reports import words
 from ..reports.markup import Markup, element, join, raw
 from ..reports.sources import as_list, as_text
-from .frame import field, link, page, table, url
+from .frame import empty_state, field, link, page, table, url
 from .trace import Trace, TraceNode
 
 __all__ = ["render_trace", "trace_body", "trace_html", "traces_page"]
@@ -112,7 +112,9 @@ def trace_html(name: str, trace: Trace, *, text: str, kind: str, tabs: Sequence[
 def traces_page(rows: Iterable[tuple[str, int, int, int]], tabs: Sequence[tuple[str, str]]) -> str:
     """The runs that have events: (name, spans, decisions, events)."""
     cells = [(link(name, url("runs", name, "trace")), f"{spans:,}", f"{decisions:,}", f"{events:,}") for name, spans, decisions, events in rows]
-    shown = table(("Run", "Spans", "Decisions", "Events"), cells, name="Traces", numeric=(1, 2, 3), empty="No run has recorded events yet.")
+    shown = table(("Run", "Spans", "Decisions", "Events"), cells, name="Traces", numeric=(1, 2, 3))
+    if not cells:
+        shown = empty_state("No run has recorded events yet.", "Every run keeps its own events; each stands here as a graph.", "crucible demo --quick")
     note = element(
         "p", {"class": "note"}, "A trace shows what a run did, inside what, and why: decisions with what was chosen, among what, and what led to them."
     )

@@ -15,9 +15,13 @@ from ..config import differing_keys
 from ..errors import CrucibleError
 from ..files import read_json
 from ..records import Estimate, Json, record
+from ..reports.layers import issue_table, layer_map
+from ..reports.panels import HeatMap
+from ..reports.parts import Table
 from ..reports.sources import RunFiles, as_list, as_number, as_table, as_text
 from ..reports.sources import read_run as read_files
 from ..store import RunInfo
+from ..training import Watched, read_watched
 from .reading import Workspace
 
 __all__ = [
@@ -41,6 +45,8 @@ Role = Literal["raw", "exact", "held_out", "points"]
 """`raw` is noisy and drawn with a smoothed curve over it; `exact` (a schedule, a peak) never is."""
 File = Literal["metrics.jsonl", "timings.jsonl"]
 _NOT_DRAWN = frozenset(("epoch", "train/tokens"))
+PER_LAYER = ("grad/norm/", "grad/flow/", "grad/health/")
+"""Metrics of single layers: part of the heat map and its table, and no charts of their own."""
 SPARK = 48
 
 
@@ -117,6 +123,9 @@ class RunPage:
     info: RunInfo
     files: RunFiles
     charts: tuple[ChartView, ...]
+    layers: HeatMap | None
+    issues: Table | None
+    watched: tuple[Watched, ...]
     problems: tuple[str, ...]
 
 
@@ -169,7 +178,7 @@ def run_row(workspace: Workspace, name: str) -> RunRow:
         NotFoundError: there is no such run.
     """
     info = workspace.info(name)
-    estimates = estimates_of(workspace.root / name)
+    estimates = estimates_of(workspace.folder(name))
     end = info.finished_at or (time.time() if info.status == "running" else None)
     spark: list[tuple[float, float]] = []
     if info.status != "broken":
@@ -214,7 +223,7 @@ def chart_views(workspace: Workspace, name: str, most: int = 800, low: float = -
         NotFoundError: there is no such run.
     """
     known = {field for spec in CHARTS for field, _, _ in spec.fields} | _NOT_DRAWN
-    others = [field for field in workspace.curves(name).names() if field not in known]
+    others = [field for field in workspace.curves(name).names() if field not in known and not field.startswith(PER_LAYER)]
     more = (ChartSpec(key=f"m{i}", title=field, unit="", file="metrics.jsonl", fields=((field, field, "raw"),)) for i, field in enumerate(others))
     found = []
     for spec in (*CHARTS, *more):
@@ -229,6 +238,13 @@ def chart_views(workspace: Workspace, name: str, most: int = 800, low: float = -
     return tuple(found)
 
 
+def _watched(folder: Path) -> tuple[Watched, ...]:
+    try:
+        return read_watched(folder)
+    except CrucibleError:
+        return ()
+
+
 def run_page(workspace: Workspace, name: str) -> RunPage:
     """Everything that the run page shows.
 
@@ -239,11 +255,15 @@ def run_page(workspace: Workspace, name: str) -> RunPage:
     info = workspace.info(name)
     files = read_files(folder)
     charts = chart_views(workspace, name)
-    damaged = workspace.curves(name).damaged
+    curves = workspace.curves(name)
+    per_layer = {one: curves.points(one, 1 << 30) for one in curves.names() if one.startswith(PER_LAYER)}
+    damaged = curves.damaged
     problems = files.problems
     if damaged and not any(problem.startswith("metrics.jsonl") for problem in problems):
         problems = (*problems, f"metrics.jsonl: {damaged} damaged lines were left out.")
-    return RunPage(info=info, files=files, charts=charts, problems=problems)
+    return RunPage(
+        info=info, files=files, charts=charts, layers=layer_map(per_layer), issues=issue_table(per_layer), watched=_watched(folder), problems=problems
+    )
 
 
 def _flat(tree: Mapping[str, Json], prefix: str = "") -> dict[str, Json]:
@@ -281,5 +301,5 @@ def compare_runs(workspace: Workspace, names: Iterable[str]) -> Comparison:
         infos=infos,
         metrics=tuple(name for name in order if any(name in one for one in drawn)),
         settings=tuple((leaf, tuple(one.get(leaf) for one in flat)) for leaf in leaves),
-        estimates=tuple((name, f"{label} {data[:8]}".strip(), one) for name in chosen for label, data, one in estimates_of(workspace.root / name)),
+        estimates=tuple((name, f"{label} {data[:8]}".strip(), one) for name in chosen for label, data, one in estimates_of(workspace.folder(name))),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from .analysis import Analysis, ArmSummary, Contrast, analyse, load_analysis
 from .cost import CellCost, Cost, Usage, estimate
 from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, experiment_from, load_experiment
+from .overview import CellState, StudyOverview, study_overview
 from .runner import run
 from .study import CellResult, Failure, Study, load_study
 
@@ -20,6 +21,7 @@ __all__ = [
     "Cell",
     "CellCost",
     "CellResult",
+    "CellState",
     "Contrast",
     "Cost",
     "DataPlan",
@@ -27,6 +29,7 @@ __all__ = [
     "Failure",
     "Hypothesis",
     "Study",
+    "StudyOverview",
     "Usage",
     "analyse",
     "estimate",
@@ -35,4 +38,5 @@ __all__ = [
     "load_experiment",
     "load_study",
     "run",
+    "study_overview",
 ]

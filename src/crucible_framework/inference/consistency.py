@@ -6,7 +6,6 @@ import threading
 from concurrent.futures import Future
 from dataclasses import replace
 
-from .. import events
 from ..clock import system_clock
 from ..errors import ConfigError
 from ..protocols import Clock, Sampler, Vote
@@ -16,6 +15,7 @@ from .calibration import majority_is_safe
 from .ensemble import Read, ballot_of, gathered, merged_ballots, winners_completion
 from .pool import Member
 from .promise import Promise
+from .telling import tell_vote
 from .voting import votes
 
 __all__ = ["SelfConsistent"]
@@ -130,11 +130,7 @@ class _Draws:
             self.promise.fail(error)
             return
         drawn = len(self.ballots)
-        events.emit(
-            "ensemble.vote", strategy=verdict.strategy, mode="self_consistency", answer=verdict.answer, agreement=verdict.agreement,
-            probability=verdict.probability, asked=drawn, answered=drawn, skipped=[], tied=list(verdict.tied), reason=verdict.reason,
-            cost=verdict.cost, duration_s=verdict.duration_s,
-        )  # fmt: skip
+        tell_vote(self.prompt, verdict, "self_consistency", heard=drawn)
         self.promise.give(verdict)
 
     def _cast(self) -> tuple[Ballot, ...]:

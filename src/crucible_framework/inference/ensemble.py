@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
-from .. import events
 from ..clock import system_clock
 from ..errors import AllMembersFailedError, CapabilityError, ConfigError, NoConsensusError
 from ..protocols import Clock, Sampler, Vote
@@ -20,6 +19,7 @@ from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
 from .answers import Equal, Kind, Reading, merge_by_meaning, read_answer
 from .pool import Breaker, Member, Pool, token_confidence
 from .promise import Promise, failure_of
+from .telling import tell_vote
 from .voting import LogOdds, settled, votes
 
 __all__ = ["Confidence", "Ensemble", "Mode", "Read"]
@@ -356,7 +356,7 @@ class _Round:
             return
         skipped = tuple(member.name for member in one.pool if member.name not in self.ballots)
         verdict = replace(verdict, skipped=skipped, duration_s=one.clock.now() - self.start_s)
-        _tell(verdict, one.mode, heard)
+        tell_vote(self.prompt, verdict, one.mode, heard=heard)
         self._end(verdict)
 
     def _end(self, outcome: Verdict | Exception) -> None:
@@ -375,21 +375,3 @@ class _Round:
             cancel()
         for future in running:
             future.cancel()
-
-
-def _tell(verdict: Verdict, mode: str, heard: int) -> None:
-    events.emit(
-        "ensemble.vote",
-        strategy=verdict.strategy,
-        mode=mode,
-        answer=verdict.answer,
-        agreement=verdict.agreement,
-        probability=verdict.probability,
-        asked=len(verdict.ballots),
-        answered=heard,
-        skipped=list(verdict.skipped),
-        tied=list(verdict.tied),
-        reason=verdict.reason,
-        cost=verdict.cost,
-        duration_s=verdict.duration_s,
-    )

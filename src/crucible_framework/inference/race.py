@@ -17,6 +17,7 @@ from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, Prompt,
 from .ledger import Ledger
 from .pool import Price
 from .promise import Promise
+from .telling import tell_hedge
 
 __all__ = ["Answer", "Race", "Terms"]
 
@@ -276,7 +277,10 @@ class Race:
             HedgeLeg(index=leg.index, started_s=leg.began_s - self.start_s, latency_s=leg.end_s - leg.began_s, outcome=leg.outcome or "cancelled")
             for leg in self.legs
         )
-        self.terms.policy.observe(HedgeOutcome(latency_s=self.terms.clock.now() - self.start_s, ok=ok, legs=legs))
+        outcome = HedgeOutcome(latency_s=self.terms.clock.now() - self.start_s, ok=ok, legs=legs)
+        if events.listening():
+            tell_hedge(outcome, [leg.sampler.model for leg in self.legs])
+        self.terms.policy.observe(outcome)
 
     def _given_up(self) -> None:
         """The receiver cancelled."""

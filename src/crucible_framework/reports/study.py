@@ -20,7 +20,7 @@ from .parts import Block, Document, DotPlot, Fact, Interval, Note, Section, Tabl
 from .sources import as_list, as_number, as_table, as_text
 from .writing import FORMATS
 
-__all__ = ["is_study", "write_study_report"]
+__all__ = ["is_study", "study_document", "write_study_report"]
 
 _MOST_DRAWN = 24
 _TONES: Mapping[str, Tone] = {"better": "adapter", "worse": "base"}
@@ -316,6 +316,15 @@ def _document(study: _Study) -> Document:
     )
 
 
+def study_document(folder: str | Path) -> Document:
+    """The report of an analysed study as a document; raises as `write_study_report`."""
+    study = _read(Path(folder))
+    try:
+        return _document(study)
+    except CrucibleError as error:
+        raise CorruptError(f"{str(study.folder / 'findings.json')!r} cannot be reported: {error} Analyse the study again.") from error
+
+
 def write_study_report(folder: str | Path, formats: Sequence[str] = ("html", "markdown")) -> tuple[Path, ...]:
     """Writes report.html and report.md of an analysed study beside its files; older ones are replaced.
 
@@ -328,11 +337,7 @@ def write_study_report(folder: str | Path, formats: Sequence[str] = ("html", "ma
     for name in formats:
         if name not in FORMATS:
             raise UnknownNameError("report format", name, FORMATS)
-    study = _read(folder)
-    try:
-        document = _document(study)
-    except CrucibleError as error:
-        raise CorruptError(f"{str(folder / 'findings.json')!r} cannot be reported: {error} Analyse the study again.") from error
+    document = study_document(folder)
     written = []
     for name in dict.fromkeys(formats):
         filename, render = FORMATS[name]

@@ -12,7 +12,7 @@ from .charts import dot_plot, line_chart
 from .markup import Markup, element, join, raw
 from .parts import Block, Document, DotPlot, LineChart, Listing, Note, Sample, Samples, Section, Table
 
-__all__ = ["render_html", "render_section"]
+__all__ = ["render_block", "render_html", "render_section"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _GROUPS = {"fixed": "only the adapter is right", "broken": "only the base is right"}
@@ -105,6 +105,11 @@ def _block(block: Block, key: str) -> Markup:
             return element("figure", None, caption, element("div", {"class": "code", "tabindex": "0"}, block.text))
         case Note():
             return element("p", {"class": "note"}, block.text, *((" ", _source(block.source)) if block.source else ()))
+
+
+def render_block(block: Block, key: str) -> Markup:
+    """One block by itself; `key` (a-z, 0-9) makes its ids unique on the page."""
+    return _block(block, key)
 
 
 def _source(source: str) -> Markup:

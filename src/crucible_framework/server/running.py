@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, UnsafeError
 from ..files import lock
@@ -73,13 +73,16 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def serve(backend: Backend, config: ServeConfig | None = None, *, background: bool = True) -> Iterator[Serving]:
+def serve(
+    backend: Backend, config: ServeConfig | None = None, *, background: bool = True, front: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> Iterator[Serving]:  # fmt: skip
     """Serves a backend over the Tinker protocol and an OpenAI-compatible one: `with serve(backend) as server: server.url`.
 
     Args:
         backend: trains and samples; the caller closes it, after the block.
         config: the server's settings.
         background: whether it serves in a thread for the block; else call `run()` in it.
+        front: gets the ASGI application and gives what is served in its place, for example with pages beside it.
 
     Raises:
         ConfigError: the address cannot be had, or the libraries are not installed.
@@ -101,7 +104,8 @@ def serve(backend: Backend, config: ServeConfig | None = None, *, background: bo
     ready = threading.Event()
     with lock(config.folder / "serve.lock", "server folder"), contextlib.closing(_bind(config.host, config.port)) as bound:
         desk = Desk(backend, config, Shelf(config.folder))
-        app = make_app(desk, keys, ready.set)
+        made = make_app(desk, keys, ready.set)
+        app = made if front is None else front(made)
         settings = uvicorn.Config(
             app, log_level="warning", access_log=False, ws="none", lifespan="on", timeout_graceful_shutdown=2, timeout_keep_alive=75, server_header=False
         )

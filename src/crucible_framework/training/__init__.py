@@ -9,6 +9,7 @@ from .progress import progress_bar
 from .rates import learning_rate, schedules
 from .signals import received_signal
 from .trainer import Callback, Progress, Trainer
+from .watching import Watched, read_watched, watch
 
 __all__ = [
     "Callback",
@@ -17,6 +18,7 @@ __all__ = [
     "PrivateResult",
     "Progress",
     "Trainer",
+    "Watched",
     "add_noise",
     "chain",
     "clip_layers",
@@ -40,7 +42,9 @@ __all__ = [
     "pcgrad",
     "progress_bar",
     "project",
+    "read_watched",
     "received_signal",
     "schedules",
     "train_privately",
+    "watch",
 ]

@@ -316,14 +316,7 @@ def load_base(
         BackendError: the weights do not fit into memory.
     """
     with span("model.loaded", model=name) as opened:
-        if name == TINY:
-            kind = dtype or fitting_dtype(0, device)
-            model, source, tokenizer = tiny_model().to(kind), TINY, cast("Tokenizer", ByteTokenizer())
-        else:
-            with storage_errors(cache, "read"):
-                folder = _locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
-            kind = dtype or fitting_dtype(weights_in(folder), device)
-            model, source, tokenizer = _from_folder(folder, name, kind), smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name)
+        model, source, tokenizer, kind = _read(name, cache, dtype, device)
         model.requires_grad_(requires_grad=False).to(device)
         head = _head_name(model, name)
         _probe(model, head, name, device)
@@ -354,6 +347,17 @@ def load_base(
             limit=limit,
             native=native,
         )
+
+
+def _read(name: str, cache: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, str, Tokenizer, torch.dtype]:
+    """A model, what an adapter names as its base, its tokenizer, and its dtype."""
+    if name == TINY:
+        kind = dtype or fitting_dtype(0, device)
+        return tiny_model().to(kind), TINY, ByteTokenizer(), kind
+    with storage_errors(cache, "read"):
+        folder = _locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
+    kind = dtype or fitting_dtype(weights_in(folder), device)
+    return _from_folder(folder, name, kind), smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name), kind
 
 
 def _head_name(model: nn.Module, name: str) -> str:

@@ -1,0 +1,78 @@
+"""What a vote, a hedged request and a routed one say of themselves when they end: one event each, from which the dashboard draws its pages.
+
+Texts are cut, so that a log does not grow with the answers; `asked` is the whole prompt's digest, by which an evaluation's rows find it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from .. import events
+from ..records import Ballot, HedgeOutcome, Json, Prompt, Verdict
+
+__all__ = ["prompt_digest", "tell_hedge", "tell_vote"]
+
+_MOST_TEXT = 300
+
+
+def _turns(prompt: Prompt) -> list[tuple[str, str]]:
+    """(role, words) of each turn; a prompt of tokens has no words, only a length."""
+    if isinstance(prompt, str):
+        return [("user", prompt)]
+    found: list[tuple[str, str]] = [(turn.role, turn.content) for turn in prompt if not isinstance(turn, int)]
+    return found or [("user", f"({len(prompt)} tokens)")]
+
+
+def _words(prompt: Prompt) -> str:
+    if isinstance(prompt, str) or any(isinstance(turn, int) for turn in prompt):
+        return prompt if isinstance(prompt, str) else repr(tuple(prompt))
+    return "\n\n".join(f"{role}: {content}" for role, content in _turns(prompt))
+
+
+def prompt_digest(words: str) -> str:
+    """16 hex digits of a prompt as one text (the turns of a chat as "role: content", an empty line between them)."""
+    return hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _cut(text: str) -> str:
+    """The end of a text, where the question stands."""
+    return text if len(text) <= _MOST_TEXT else f"…{text[-_MOST_TEXT:]}"
+
+
+def _ballot(ballot: Ballot) -> dict[str, Json]:
+    told: dict[str, Json] = {"member": ballot.member, "answer": None if ballot.answer is None else ballot.answer[:_MOST_TEXT], "latency_s": ballot.latency_s}
+    extra: dict[str, Json] = {"confidence": ballot.confidence, "error": ballot.error[:_MOST_TEXT], "cost": ballot.cost}
+    return told | {key: value for key, value in extra.items() if value not in (None, "")}
+
+
+def tell_vote(prompt: Prompt, verdict: Verdict, mode: str, *, heard: int) -> None:
+    """Emits `ensemble.vote` with every ballot; `heard` members answered or abstained."""
+    words = _words(prompt)
+    events.emit(
+        "ensemble.vote",
+        strategy=verdict.strategy,
+        mode=mode,
+        question=_cut(_turns(prompt)[-1][1]),
+        asked_id=prompt_digest(words),
+        answer=verdict.answer,
+        agreement=verdict.agreement,
+        probability=verdict.probability,
+        asked=len(verdict.ballots),
+        answered=heard,
+        ballots=[_ballot(ballot) for ballot in verdict.ballots],
+        skipped=list(verdict.skipped),
+        tied=list(verdict.tied),
+        reason=verdict.reason,
+        cost=verdict.cost,
+        duration_s=verdict.duration_s,
+    )
+
+
+def tell_hedge(outcome: HedgeOutcome, models: Sequence[str]) -> None:
+    """Emits `hedge.ended`: how long the request took and how each of its calls went; `models` are those of the calls, in order."""
+    legs: list[Json] = [
+        {"model": model, "started_s": leg.started_s, "latency_s": leg.latency_s, "outcome": leg.outcome}
+        for leg, model in zip(outcome.legs, models, strict=True)
+    ]
+    events.emit("hedge.ended", ok=outcome.ok, latency_s=outcome.latency_s, legs=legs)
