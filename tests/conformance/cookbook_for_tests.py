@@ -108,10 +108,16 @@ def write_tiny(folder: Path) -> None:
 
 
 def link_small(folder: Path, model: Path) -> None:
-    """The small model's files likewise; the twenty questions name the one who answers."""
+    """The small model's files likewise. Who answers the twenty questions is named by the recipe, whose renderer for that name wants two tokens:
+    two special ones of the small model that no chat uses bear their names.
+    """
     for name in (SMALL, ANSWERER):
         (folder / name).parent.mkdir()
-        (folder / name).symlink_to(model, target_is_directory=True)
+    (folder / SMALL).symlink_to(model, target_is_directory=True)
+    (folder / ANSWERER).mkdir()
+    for file in model.glob("tokenizer*.json"):
+        text = file.read_text().replace('"<issue_start>"', '"<think>"').replace('"<issue_closed>"', '"</think>"')
+        (folder / ANSWERER / file.name).write_text(text)
 
 
 def write_data(folder: Path, conversations: Path) -> None:
