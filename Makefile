@@ -14,10 +14,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 LOCAL := $(VENV)/.installed-local
 DEV := $(VENV)/.installed-dev
+COOKBOOK := $(VENV)/cookbook/.installed
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference
+.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference conformance
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,9 @@ test: $(DEV) ## Run every test but the slow ones, in parallel
 
 test-slow: $(DEV) ## Run the tests that train a real model
 	@$(PYTEST) -n 0 -m slow $(ARGS)
+
+conformance: $(COOKBOOK) ## Run tinker-cookbook's recipes against `crucible serve`
+	@$(PYTEST) -n 0 -m "slow or not slow" tests/conformance $(ARGS)
 
 check: $(DEV) ## Run all checks: format, lint, types, import floors, tests with coverage, documentation
 	@VENV="$(VENV)" scripts/check $(ARGS)
@@ -71,6 +75,11 @@ $(LOCAL): pyproject.toml | $(BIN)/python
 	@$(PIP) "$(TORCH)"
 	@echo "Installing Crucible with its local engine"
 	@$(PIP) -e '.[local]'
+	@touch $@
+
+$(COOKBOOK): tests/conformance/requirements.txt scripts/install_cookbook | $(DEV)
+	@echo "Installing tinker-cookbook beside the environment, into $(VENV)/cookbook"
+	@PIP_FLAGS="$(PIP_FLAGS)" scripts/install_cookbook $(VENV)
 	@touch $@
 
 $(DEV): pyproject.toml $(LOCAL)

@@ -52,9 +52,9 @@ def test_results_can_be_asked_again(raw: Raw) -> None:
     request = raw.step(model, 2).json()["request_id"]
     answers = [raw.result(request).json() for _ in range(3)]
     assert answers[0] == answers[1] == answers[2]
-    assert answers[0]["metrics"]["step"] == 1.0
+    assert answers[0]["metrics"]["optimizer_steps"] == 1.0
     raw.passed(model, 3)
-    assert raw.result(raw.step(model, 4).json()["request_id"]).json()["metrics"]["step"] == 2.0
+    assert raw.result(raw.step(model, 4).json()["request_id"]).json()["metrics"]["optimizer_steps"] == 2.0
 
 
 def test_what_is_not_there_yet(start: Start) -> None:

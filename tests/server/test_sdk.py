@@ -121,7 +121,37 @@ def test_every_loss(training: tinker.TrainingClient) -> None:
     for name, config in {"cispo": None, "dro": {"beta": 0.1}, "stable_reinforce": {"kl_coeff": 0.1}}.items():
         made = training.forward_backward([datum(**given)], name, config).result()  # type: ignore[arg-type]
         assert made.metrics["loss:sum"] == pytest.approx(-0.5 * float(base.sum()), rel=1e-5)
-    assert (training.optim_step(types.AdamParams()).result().metrics or {})["step"] == 1.0
+    assert (training.optim_step(types.AdamParams()).result().metrics or {})["optimizer_steps"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"])
+def test_the_prompt_takes_no_part_in_policy_losses(training: tinker.TrainingClient, name: str) -> None:
+    """Clients fill it with zeros, and send no mask: what was sampled alone makes the ratios, the pulls and the numbers."""
+    n, prompt = len(IDS) - 1, 9
+    base = training.forward([plain()], "cross_entropy").result().loss_fn_outputs[0]["logprobs"].to_numpy()
+    sampled = np.arange(n) >= prompt
+    filled = {"logprobs": (np.where(sampled, base - 0.01, 0.0)).tolist(), "advantages": np.where(sampled, 0.5, 0.0).tolist()}
+    config = {"kl_coeff": 0.5} if name == "stable_reinforce" else None
+    without, told = (
+        training.forward_backward([datum(**filled, **more)], name, config).result()  # type: ignore[arg-type]
+        for more in ({}, {"weights": sampled.astype(float).tolist()})
+    )
+    assert without.metrics == told.metrics
+    assert without.metrics["ratio:mean" if name != "stable_reinforce" else "kl_sampler:mean"] == pytest.approx(
+        1.01005 if name != "stable_reinforce" else -0.01, rel=1e-4
+    )
+    if name == "gspo":
+        assert without.metrics["loss:sum"] == pytest.approx(-0.5 * sampled.sum() * math.exp(0.01), rel=1e-5)
+    got = without.loss_fn_outputs[0]["logprobs"].to_numpy()
+    np.testing.assert_allclose(got[sampled], base[sampled], rtol=1e-5)
+
+
+def test_metrics_of_a_step_do_not_hide_the_clients_own(training: tinker.TrainingClient) -> None:
+    """The cookbook puts them into rows that it finds again by its own "step", when it resumes."""
+    training.forward_backward([plain()], "cross_entropy").result()
+    metrics = training.optim_step(types.AdamParams()).result().metrics or {}
+    assert "step" not in metrics
+    assert metrics["optimizer_steps"] == 1.0
 
 
 def test_two_dimensional_targets(training: tinker.TrainingClient) -> None:

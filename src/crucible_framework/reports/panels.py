@@ -239,6 +239,7 @@ def xy_plot(plot: XYPlot, key: str) -> Markup:
     parts.append(_text(0.0, 16.0, plot.y_label + (" (logarithmic axis)" if plot.log_y else ""), "start", "unit"))
     if plot.diagonal:
         start, end = max(x_low, y_low), min(x_high, y_high)
+    if plot.diagonal and start <= end:  # else the two axes have no value in common
         parts.append(element("line", {"x1": x(start), "y1": y(start), "x2": x(end), "y2": y(end), "class": "zero"}))
     told = "; ".join(f"{c.name}: {len(c.x)} points, {words.number(c.y[0])} at {words.number(c.x[0])} to {words.number(c.y[-1])} at {words.number(c.x[-1])}"
                      for c in curves)  # fmt: skip

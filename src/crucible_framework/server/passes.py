@@ -39,6 +39,7 @@ _SETTINGS: Mapping[str, Mapping[str, str]] = {
 LOSSES = tuple(_SETTINGS)
 """The losses that a request may name."""
 _TRUNCATED = 2.0
+_SAMPLED = ("logprobs", "advantages")
 _LAYERS: Mapping[str, tuple[str, ...]] = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -104,11 +105,20 @@ class _Asked:
     weights: tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...] = ()
 
 
+def _sampled_only(datum: Datum) -> Datum:
+    """Weight 0 where log q and the advantage are both 0: so clients fill the prompt, which nobody sampled and whose ratio means nothing."""
+    filled = [datum.extras[name] for name in _SAMPLED if name in datum.extras and datum.extras[name].shape == datum.targets.shape]
+    sampled = np.any([values != 0 for values in filled], axis=0)
+    return replace(datum, weights=sampled.astype(np.float32)) if len(filled) == len(_SAMPLED) and sampled.any() else datum
+
+
 def _read(message: pb.ForwardBackwardRequest) -> _Asked:
     config: dict[str, float | str] = dict(message.loss_fn_config)
     config |= {key: value.text if value.WhichOneof("value") == "text" else value.number for key, value in message.loss_fn_config_v2.items()}
     loss = served_loss(message.loss_fn, config)
     data = tuple(datum_of(datum, f"datum {place}") for place, datum in enumerate(message.data))
+    if not message.forward_only and set(_SAMPLED) <= set(loss.extras):
+        data = tuple(one if "weights" in sent.loss_fn_inputs else _sampled_only(one) for one, sent in zip(data, message.data, strict=True))
     if not message.forward_only or loss.name != "cross_entropy":
         return _Asked(batch=Batch(data=data), loss=loss)
     # A client that computes its own loss needs every log-prob, whatever the weights are.

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["TinkerApi"]
 
+STEPS = "optimizer_steps"
+"""Not "step": clients write these metrics into rows of their own, which have a "step" that counts otherwise."""
+
 
 class TinkerApi:
     """One method per route.
@@ -170,7 +173,7 @@ class TinkerApi:
             async def finish() -> Answer:
                 made = await asyncio.wrap_future(future)
                 self._desk.count("steps_total")
-                return json_answer(type="optim_step", metrics={"grad_norm": made.grad_norm, "step": float(made.step), **made.metrics})
+                return json_answer(type="optim_step", metrics={"grad_norm": made.grad_norm, STEPS: float(made.step), **made.metrics})
 
             return finish()
 

@@ -1,0 +1,1 @@
+"""tinker-cookbook's own recipes against `crucible serve`."""
