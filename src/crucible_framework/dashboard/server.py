@@ -19,6 +19,7 @@ import orjson
 
 from ..errors import ConfigError, CrucibleError, LockedError, NotFoundError
 from ..store import Models
+from ..traces import load_trace
 from . import live
 from .cards import ancestry, model_card
 from .guard import LOCAL_HOSTS, Guard
@@ -28,7 +29,6 @@ from .playground import Playground, params_from
 from .reading import Workspace
 from .run_pages import MOST_COMPARED, chart_svg, compare_page, run_html
 from .runs_page import runs_page
-from .trace import load_trace
 from .trace_page import render_trace, trace_html, traces_page
 from .views import chart_views, compare_runs, run_page, run_rows
 

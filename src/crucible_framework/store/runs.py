@@ -25,6 +25,7 @@ from .. import events, files
 from ..config import differing_keys, fingerprint, to_dict
 from ..errors import ConfigError, CorruptError, CrucibleError, NotFoundError, StoreError
 from ..records import Json, record
+from ..sinks import event_file
 from .checkpoints import Checkpoints
 from .names import safe_name
 
@@ -78,6 +79,7 @@ class Run:
         self._rows = threading.RLock()
         self._stopped = self._closed = False
         self._logs: dict[str, files.JsonLines] = {}
+        self._events = event_file(folder / _EVENTS)
         self.checkpoints = Checkpoints(folder / "checkpoints", before_publish=self._sync)
 
     @property
@@ -104,6 +106,7 @@ class Run:
                 log.close()
             self._logs.clear()
             self._closed = True
+        self._events.close()
 
     def log_metrics(self, row: Mapping[str, Json]) -> None:
         """Adds a row to metrics.jsonl: only what the same settings give again, no times.
@@ -176,7 +179,7 @@ class Run:
         """Takes the run's own events; those of engine threads, which are in no run, only where no other run is open in this process."""
         owner = _current.get()
         if owner is self or (owner is None and len(_open) == 1):
-            self._append(_EVENTS, {**event, "run": self.name})
+            self._events({**event, "run": self.name})
 
 
 def _with_step(row: Mapping[str, Json]) -> Mapping[str, Json]:
