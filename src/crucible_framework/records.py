@@ -412,7 +412,10 @@ class TrainingResult:
 
 @record
 class ModelVersion:
-    """One entry of the model registry; `parents` are "name:version" strings and checkpoint URIs it was made from."""
+    """One entry of the model registry; `parents` are "name:version" strings and checkpoint URIs it was made from.
+
+    `directions` says of metrics by name whether less ("min") or more ("max") is better, where that was stated.
+    """
 
     name: str
     version: int
@@ -423,6 +426,7 @@ class ModelVersion:
     parents: tuple[str, ...]
     created_at: float
     description: str = ""
+    directions: Mapping[str, str] = field(default_factory=dict)
 
 
 @record

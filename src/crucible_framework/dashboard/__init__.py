@@ -5,8 +5,8 @@ Whatever it shows, files say: nothing here trains, decides or keeps state. Impor
 
 from __future__ import annotations
 
+from ..reports.cards import model_card
 from ..traces import Trace, TraceDiff, TraceNode, diff_traces, load_trace
-from .cards import model_card
 from .playground import Answer, Playground
 from .server import make_app
 from .serving import Dashboard

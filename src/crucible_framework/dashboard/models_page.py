@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..records import ModelVersion
 from ..reports import words
 from ..reports.markup import Markup, element, join
-from .cards import Ancestor
+from ..store.lineage import Ancestor
 from .frame import link, page, status, table, url
 
 __all__ = ["lineage_svg", "model_page", "models_page"]

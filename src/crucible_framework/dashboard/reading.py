@@ -27,7 +27,7 @@ __all__ = ["Chunk", "Curves", "Tail", "Workspace"]
 _MOST_BYTES = 8 << 20
 """Bytes read of one file in one look at the most."""
 _KEPT_RUNS = 256
-_WATCHED = ("run.json", "config.json", "metrics.jsonl")
+_WATCHED = ("run.json", "config.json", "metrics.jsonl", "labels.json")
 
 
 @record

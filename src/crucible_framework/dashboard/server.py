@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import orjson
 
 from ..errors import ConfigError, CrucibleError, LockedError, NotFoundError
+from ..reports.cards import model_card
 from ..store import Models
+from ..store.lineage import ancestry
 from ..traces import load_trace
 from . import live
-from .cards import ancestry, model_card
 from .guard import LOCAL_HOSTS, Guard
 from .models_page import model_page, models_page
 from .play_page import play_page
