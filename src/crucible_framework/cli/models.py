@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -204,10 +205,11 @@ def models_card(reference: str, /, *, out: Path | None = None) -> Reply:
 def register(app: App) -> None:
     """Adds the commands to the tree."""
     kept = App(name="checkpoints", help="List, verify and prune a run's checkpoints.")
-    for verb, function in {"list": checkpoints_list, "best": checkpoints_best, "verify": checkpoints_verify, "prune": checkpoints_prune}.items():
+    of_run: dict[str, Callable[..., Reply]] = {"list": checkpoints_list, "best": checkpoints_best, "verify": checkpoints_verify, "prune": checkpoints_prune}
+    for verb, function in of_run.items():
         kept.command(function, name=verb)
     registry = App(name="models", help="Register, find, tag, promote and share models.")
-    verbs = {
+    verbs: dict[str, Callable[..., Reply]] = {
         "list": models_list, "register": models_register, "show": models_show, "tag": models_tag, "promote": models_promote, "alias": models_alias,
         "card": models_card,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from cyclopts import App, Parameter
 
 from ..config import places
 from ..errors import ConfigError, NotFoundError
-from ..exporters import mlflow_copies, trackio_copies, wandb_copies
+from ..exporters import Begin, mlflow_copies, trackio_copies, wandb_copies
 from ..store import RunInfo, Tracker, copy_runs, export_runs, from_mlflow, import_runs
 from ..store.query import Direction
 from . import show
@@ -139,7 +140,7 @@ def runs_export(target: str, names: list[str] | None = None, /, *, where: Where 
     tracker = _tracker(workspace)
     infos = [tracker.get(name) for name in names] if names else tracker.runs(where=where or ())
     kind, sign, called = target.partition(":")
-    copies = {"mlflow": mlflow_copies, "wandb": wandb_copies, "trackio": trackio_copies}
+    copies: dict[str, Callable[[str], Begin]] = {"mlflow": mlflow_copies, "wandb": wandb_copies, "trackio": trackio_copies}
     if sign and kind in copies:
         count = copy_runs(infos, copies[kind](called))
         return Reply({"target": target, "runs": count}, f"{count} runs copied to {target}.")
@@ -196,14 +197,15 @@ def _bytes(text: str) -> int:
 def register(app: App) -> None:
     """Adds the commands to the tree."""
     runs = App(name="runs", help="List, filter, compare, label, export and import runs.", default_command=runs_list)
-    verbs = {
+    verbs: dict[str, Callable[..., Reply]] = {
         "list": runs_list, "show": runs_show, "compare": runs_compare, "tag": runs_tag, "note": runs_note, "attach": runs_attach, "lineage": runs_lineage,
         "export": runs_export, "import": runs_import,
     }  # fmt: skip
     for verb, function in verbs.items():
         runs.command(function, name=verb)
     db = App(name="db", help="The indexes and artifacts of a workspace.")
-    for verb, function in {"rebuild": db_rebuild, "verify": db_verify, "prune": db_prune}.items():
+    of_db: dict[str, Callable[..., Reply]] = {"rebuild": db_rebuild, "verify": db_verify, "prune": db_prune}
+    for verb, function in of_db.items():
         db.command(function, name=verb)
     app.command(runs)
     app.command(db)
