@@ -9,6 +9,7 @@ from .lineage import Ancestor
 from .models import Models, Stage
 from .run_files import RunInfo, Status, list_runs, read_metrics, read_run
 from .runs import Run, open_run
+from .share import pull, push
 from .tracker import Comparison, Tracker
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "list_runs",
     "load_checkpoint",
     "open_run",
+    "pull",
+    "push",
     "read_metrics",
     "read_run",
     "step_name",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from .. import files
+from ..display import table_html
 from ..errors import CorruptError, CrucibleError, NotFoundError
 from ..exporters import flat
 from ..records import Json, record
@@ -61,6 +62,11 @@ class RunInfo:
     def duration_s(self) -> float | None:
         """Seconds from its start to its end, None where it has not ended."""
         return None if self.finished_at is None else self.finished_at - self.created_at
+
+    def _repr_html_(self) -> str:
+        facts = [("base model", self.base_model), ("steps", self.steps), ("epochs", self.epochs), ("seconds", self.duration_s)]
+        rows = [*facts, *((f"tag {key}", value) for key, value in self.tags.items()), *self.metrics.items()]
+        return table_html(f"Run {self.name}: {self.status}", ("", "value"), rows, self.error or self.notes)
 
 
 def read_object(path: Path) -> dict[str, Json]:

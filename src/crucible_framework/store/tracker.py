@@ -18,6 +18,7 @@ from typing import Literal, cast
 
 from .. import events, files
 from ..config import to_dict
+from ..display import table_html
 from ..errors import ConfigError, StoreError, UnknownNameError
 from ..records import Json, record
 from .artifacts import Artifact, Artifacts
@@ -46,6 +47,10 @@ class Comparison:
     params: Mapping[str, tuple[Json, ...]]
     same: Mapping[str, Json]
     metrics: Mapping[str, tuple[float | None, ...]]
+
+    def _repr_html_(self) -> str:
+        rows = [(key, *values) for key, values in (*self.params.items(), *self.metrics.items())]
+        return table_html(f"{len(self.names)} runs compared", ("", *self.names), rows, f"{len(self.same)} settings are the same.")
 
 
 def values_of(info: RunInfo) -> dict[str, Json]:

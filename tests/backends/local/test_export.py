@@ -1,0 +1,250 @@
+"""What is exported answers as the sampler does: in PEFT, in transformers, and in llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+import torch
+
+from crucible_framework import events, files
+from crucible_framework.backends.local import LocalBackend
+from crucible_framework.backends.local.export import Format, Precision, export_checkpoint
+from crucible_framework.errors import CapabilityError, ConfigError, CorruptError, NotFoundError
+from crucible_framework.records import AdamConfig, Checkpoint, LoraConfig, SamplingParams
+
+from .models_for_tests import CE, VOCAB, batch, make_qwen, save_model
+
+PROMPT = (5, 99, 17, 200, 42, 7)
+PARAMS = SamplingParams(max_tokens=24, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama with grouped heads and a head of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("llama") / "model", LlamaForCausalLM(LlamaConfig(**settings)), 5)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3: norms on queries and keys, heads wider than the model would make them."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "max_position_embeddings": 128, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("qwen3") / "model", Qwen3ForCausalLM(Qwen3Config(**settings)), 6)
+
+
+CASES = [
+    ("tiny", ("q_proj", "v_proj")),
+    ("qwen", ("all-linear",)),
+    ("qwen", ("down_proj", "lm_head")),
+    ("llama", ("all-linear",)),
+    ("qwen3", ("q_proj", "k_proj", "lm_head")),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1][-1]}")
+def trained(request: pytest.FixtureRequest, shared: LocalBackend, tmp_path: Path) -> tuple[Checkpoint, tuple[int, ...]]:
+    """A trained checkpoint with its files, and the greedy answer of its sampler."""
+    name, targets = request.param
+    base = "tiny" if name == "tiny" else str(request.getfixturevalue(name))
+    session = shared.train(base, LoraConfig(rank=4, alpha=10.0, dropout=0.0, target_modules=targets, seed=7))
+    for seed in range(4):
+        session.forward_backward(batch(9, 12, seed=seed, weighted=None), CE)
+        session.optim_step(AdamConfig(lr=0.1))
+    made = shared.download(session.save("trained", "sampler").result(), tmp_path / "adapter")
+    answer = session.sampler().sample(PROMPT, PARAMS).result()[0].tokens
+    assert len(set(answer)) > 1
+    plain = shared.sampler(base).sample(PROMPT, PARAMS).result()[0].tokens
+    assert answer != plain, "the adapter must change the answer, or nothing is tested"
+    session.close()
+    return made, answer
+
+
+def in_transformers(folder: Path, length: int) -> tuple[int, ...]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    tokens = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(length):
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tuple(tokens[len(PROMPT) :])
+
+
+class LlamaCpp:
+    """llama.cpp itself, fed with token ids."""
+
+    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+        package = pytest.importorskip("llama_cpp_py_sync")
+        self.model = package.Llama(str(model), n_ctx=128, n_threads=1, flash_attn_type=0, type_k="f32", type_v="f32")
+        self.ffi, self.lib = self.model._ffi, self.model._lib
+        if adapter is not None:
+            loaded = self.lib.llama_adapter_lora_init(self.model._model, str(adapter).encode())
+            assert loaded != self.ffi.NULL
+            assert (
+                self.lib.llama_set_adapters_lora(self.model._ctx, self.ffi.new("struct llama_adapter_lora *[1]", [loaded]), 1, self.ffi.new("float[1]", [1.0]))
+                == 0
+            )
+
+    def greedy(self, length: int) -> tuple[int, ...]:
+        past, found, new = 0, list[int](), list(PROMPT)
+        for _ in range(length):
+            past = self.model._eval_tokens(new, past)
+            logits = self.ffi.buffer(self.lib.llama_get_logits_ith(self.model._ctx, -1), 4 * self.model.n_vocab)
+            new = [int(np.frombuffer(logits, dtype=np.float32).argmax())]
+            found += new
+        return tuple(found)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.close()
+
+
+def test_a_merged_model_answers_as_the_sampler(trained: tuple[Checkpoint, tuple[int, ...]], shared: LocalBackend, tmp_path: Path) -> None:
+    checkpoint, answer = trained
+    with events.collect() as seen:
+        folder = export_checkpoint(checkpoint, tmp_path / "merged")
+    assert in_transformers(folder, len(answer)) == answer
+    assert shared.sampler(str(folder)).sample(PROMPT, PARAMS).result()[0].tokens == answer
+    files.verify(folder)
+    exported = [event for event in seen if event["name"] == "model.exported"]
+    assert [(event["format"], event["precision"]) for event in exported] == [("merged", "float32")]
+    base = shared.tokenizer(checkpoint.base_model)
+    assert shared.tokenizer(str(folder)).encode("<|im_start|>user ünïcode 123") == base.encode("<|im_start|>user ünïcode 123")
+
+
+def test_gguf_answers_as_the_sampler(trained: tuple[Checkpoint, tuple[int, ...]], tmp_path: Path) -> None:
+    checkpoint, answer = trained
+    path = export_checkpoint(checkpoint, tmp_path / "model.gguf", "gguf")
+    with LlamaCpp(path) as model:
+        assert model.greedy(len(answer)) == answer
+
+
+def test_a_gguf_adapter_changes_its_base_in_the_same_way(trained: tuple[Checkpoint, tuple[int, ...]], shared: LocalBackend, tmp_path: Path) -> None:
+    checkpoint, answer = trained
+    if "lm_head" in checkpoint.lora.target_modules:
+        pytest.skip("llama.cpp has no place for an adapter on a shared output layer; see below")
+    empty = shared.train(checkpoint.base_model, LoraConfig(rank=4, alpha=10.0, target_modules=("q_proj",)))
+    base = shared.download(empty.save("empty", "sampler").result(), tmp_path / "empty")
+    empty.close()
+    whole = export_checkpoint(base, tmp_path / "base.gguf", "gguf")
+    adapter = export_checkpoint(checkpoint, tmp_path / "adapter.gguf", "gguf-adapter")
+    with LlamaCpp(whole, adapter) as model:
+        assert model.greedy(len(answer)) == answer
+
+
+def test_a_trained_head_is_separated_from_the_embedding(shared: LocalBackend, qwen: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    session = shared.train(str(qwen), LoraConfig(rank=2, dropout=0.0, target_modules=("lm_head",)))
+    session.forward_backward(batch(9), CE)
+    session.optim_step(AdamConfig(lr=0.1))
+    made = shared.download(session.save("head", "sampler").result(), tmp_path / "adapter")
+    session.close()
+    folder = export_checkpoint(made, tmp_path / "merged")
+    merged, before = load_file(folder / "model.safetensors"), load_file(qwen / "model.safetensors")
+    assert files.read_json(folder / "config.json")["tie_word_embeddings"] is False  # type: ignore[call-overload, index]
+    assert torch.equal(merged["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
+    with pytest.raises(CapabilityError, match="shares its output layer"):
+        export_checkpoint(made, tmp_path / "adapter.gguf", "gguf-adapter")
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "q8_0"])
+def test_smaller_numbers_stay_near(shared: LocalBackend, llama: Path, tmp_path: Path, precision: Precision) -> None:
+    gguf = pytest.importorskip("gguf")
+    session = shared.train(str(llama), LoraConfig(rank=2, target_modules=("q_proj",)))
+    made = shared.download(session.save("plain", "sampler").result(), tmp_path / "adapter")
+    session.close()
+    whole = export_checkpoint(made, tmp_path / "whole.gguf", "gguf")
+    small = export_checkpoint(made, tmp_path / "small.gguf", "gguf", precision=precision)
+    assert small.stat().st_size < 0.8 * whole.stat().st_size
+    for one, other in zip(gguf.GGUFReader(whole).tensors, gguf.GGUFReader(small).tensors, strict=True):
+        near = gguf.quants.dequantize(other.data, other.tensor_type)
+        assert one.name == other.name
+        assert np.abs(near - one.data).max() <= 0.02 * np.abs(one.data).max()
+    if precision != "q8_0":
+        from safetensors.torch import load_file
+
+        folder = export_checkpoint(made, tmp_path / "merged", precision=precision)
+        assert {str(tensor.dtype) for tensor in load_file(folder / "model.safetensors").values()} == {f"torch.{precision}"}
+
+
+def test_llama_cpp_reads_text_as_we_do(shared: LocalBackend, qwen: Path, tmp_path: Path) -> None:
+    session = shared.train(str(qwen), LoraConfig(rank=2, target_modules=("q_proj",)))
+    made = shared.download(session.save("plain", "sampler").result(), tmp_path / "adapter")
+    session.close()
+    ours = shared.tokenizer(str(qwen))
+    with LlamaCpp(export_checkpoint(made, tmp_path / "model.gguf", "gguf")) as model:
+        for text in ("water boils at 100 degrees", "<|im_start|>user\nÜmläut 🎉  two  blanks<|im_end|>\n", "it's\tthe claim's", ""):
+            assert model.model.tokenize(text, add_special=False, parse_special=True) == ours.encode(text)
+        assert (model.model.bos_token, model.model.eos_token) == (0, 2)
+
+
+def test_peft_reads_its_two_files(trained: tuple[Checkpoint, tuple[int, ...]], tmp_path: Path) -> None:
+    checkpoint, _ = trained
+    folder = export_checkpoint(checkpoint, tmp_path / "peft", "peft")
+    assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
+    assert checkpoint.local_path is not None
+    assert (folder / "adapter_model.safetensors").read_bytes() == (checkpoint.local_path / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("to", "kind", "precision", "message"),
+    [
+        ("x", "onnx", "float32", "kind is 'onnx'"),
+        ("x", "peft", "float16", "'peft' has float32"),
+        ("x", "merged", "q8_0", "'merged' has float32, bfloat16, float16"),
+        ("x", "gguf", "float32", r"a file that ends in .gguf"),
+        ("x.gguf", "merged", "float32", "expected a folder"),
+        (".", "merged", "float32", "exists already"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_any_work(tmp_path: Path, to: str, kind: Format, precision: Precision, message: str) -> None:
+    checkpoint = Checkpoint(name="a", uri="", kind="sampler", step=1, base_model="tiny", lora=LoraConfig(), local_path=tmp_path / "none")
+    with pytest.raises(ConfigError, match=message):
+        export_checkpoint(checkpoint, tmp_path / to, kind, precision=precision)
+
+
+def test_what_is_not_there_or_not_sound_is_said_and_nothing_is_left(shared: LocalBackend, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(name="a", uri="", kind="sampler", step=1, base_model="tiny", lora=LoraConfig(), local_path=tmp_path / "none")
+    for kind in ("peft", "merged"):
+        with pytest.raises(NotFoundError, match="has no folder"):
+            export_checkpoint(checkpoint, tmp_path / "out", kind)  # type: ignore[arg-type]
+    session = shared.train("tiny", LoraConfig(rank=2))
+    made = shared.download(session.save("plain", "sampler").result(), tmp_path / "adapter")
+    session.close()
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(CorruptError):
+        export_checkpoint(made, tmp_path / "x.gguf", "gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_what_llama_cpp_does_not_know_is_refused(shared: LocalBackend, tmp_path: Path) -> None:
+    base = make_qwen(tmp_path / "base", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    session = shared.train(str(base), LoraConfig(rank=2))
+    made = shared.download(session.save("plain", "sampler").result(), tmp_path / "adapter")
+    session.close()
+    with pytest.raises(CapabilityError, match="positions of type 'linear'"):
+        export_checkpoint(made, tmp_path / "x.gguf", "gguf")
+    tokenizer = (base / "tokenizer.json").read_text()
+    (base / "config.json").write_text((base / "config.json").read_text().replace('"linear"', '"default"'))
+    (base / "tokenizer.json").write_text(tokenizer.replace('"use_regex": true', '"use_regex": false'))
+    with pytest.raises(CapabilityError, match="no known name in llama"):
+        export_checkpoint(made, tmp_path / "x.gguf", "gguf")
+    assert not (tmp_path / "x.gguf").exists()
