@@ -73,6 +73,15 @@ def test_the_registry_orders_names_and_describes(capsys: pytest.CaptureFixture[s
     assert answer(capsys, "models", "alias", "judge", "champion")["aliases"] == {}
 
 
+def test_a_model_goes_out_and_comes_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    answer(capsys, "models", "register", "runs/r4", "judge")
+    assert answer(capsys, "models", "push", "judge", "shared") == {"to": "shared"}
+    assert "# judge:1" in (here / "shared" / "README.md").read_text()
+    assert answer(capsys, "models", "pull", "shared", "copy")["parents"][0] == f"file:{here / 'shared'}"
+    assert run(["models", "export", "tiny", "out"]) == 2
+    assert "has nothing to merge" in capsys.readouterr().err
+
+
 def test_the_workspace_is_rebuilt_verified_and_pruned(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     assert answer(capsys, "db", "rebuild") == {"runs": 2, "models": 0, "artifacts": 0}
     assert answer(capsys, "db", "verify") == {"problems": []}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ class Page(HTMLParser):
 
 
 CARD = DatasetCard(name=EVIL, split="test", task="verify", rows=1, sha256="0" * 64, licence="CC0", source="here")
-SHOWN = {
+SHOWN: dict[str, Any] = {
     "finding": Finding(name=EVIL, test="McNemar", statistic=1.0, p_value=0.03, effect=0.125, interval=(0.01, 0.24), n=80, why=EVIL, source="x"),
     "verdict": Verdict(answer=EVIL, text="", agreement=0.5, strategy="majority", ballots=(Ballot(member="a", answer=EVIL, error=EVIL),), reason=EVIL),
     "evaluation": Evaluation(model=EVIL, card=CARD, items=(), estimates=(Estimate(name="accuracy", value=0.125, low=0.1, high=0.2, n=8, method=EVIL),)),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 from rich.console import Group
 
 from ..config import places
 from ..errors import ConfigError, CorruptError, NotFoundError
 from ..files import write_atomic
 from ..reports.cards import model_card
-from ..store import Checkpoints, Models, load_checkpoint
+from ..store import Checkpoints, Models, load_checkpoint, pull, push
 from . import show
 from .jobs import resolve_model
 from .reply import Reply
@@ -202,6 +202,51 @@ def models_card(reference: str, /, *, out: Path | None = None) -> Reply:
     return Reply({"card": text, "path": str(out) if out else None}, str(out) if out else text)
 
 
+def models_export(
+    model: str, to: Path, /, *, kind: Annotated[Literal["peft", "merged", "gguf", "gguf-adapter"], Parameter(name="--format")] = "merged",
+    precision: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32",
+) -> Reply:  # fmt: skip
+    """Write a model for other programs: PEFT, merged safetensors, or GGUF for llama.cpp.
+
+    Args:
+        model: a registered model, or a run or checkpoint folder.
+        to: a new folder, or a .gguf file.
+        kind: `merged` loads in transformers and vLLM, `peft` beside its base, `gguf` in llama.cpp, `gguf-adapter` there beside its base.
+        precision: of the weights; q8_0 for gguf only.
+    """
+    from ..backends.local.export import export_checkpoint
+
+    found = resolve_model(model)
+    if isinstance(found, str):
+        raise ConfigError(f"{model!r} is a base model, which has nothing to merge. Name a registered model, or a run or checkpoint folder.")
+    path = export_checkpoint(found, to, kind, precision=precision)
+    return Reply({"path": str(path), "format": kind, "precision": precision}, str(path))
+
+
+def models_push(reference: str, to: str, /, *, public: bool = False) -> Reply:
+    """Copy a registered model, with its card, to a folder or a repository of the Hugging Face hub.
+
+    Args:
+        reference: `name`, `name:version`, `name@stage` or `name@alias`.
+        to: a new folder, or `hf://owner/name`.
+        public: whether everybody may read a repository that is made for it.
+    """
+    where = push(_models(), reference, to, card=model_card(_models(), reference, places().runs), private=not public)
+    return Reply({"to": where}, where)
+
+
+def models_pull(source: str, name: str = "", /, *, revision: str | None = None) -> Reply:
+    """Register what `models push` wrote.
+
+    Args:
+        source: a folder, or `hf://owner/name`.
+        name: of the model here; the name that it had where none is given.
+        revision: of the repository.
+    """
+    made = pull(_models(), source, name, revision=revision)
+    return Reply(made, f"{made.name}:{made.version}")
+
+
 def register(app: App) -> None:
     """Adds the commands to the tree."""
     kept = App(name="checkpoints", help="List, verify and prune a run's checkpoints.")
@@ -211,7 +256,7 @@ def register(app: App) -> None:
     registry = App(name="models", help="Register, find, tag, promote and share models.")
     verbs: dict[str, Callable[..., Reply]] = {
         "list": models_list, "register": models_register, "show": models_show, "tag": models_tag, "promote": models_promote, "alias": models_alias,
-        "card": models_card,
+        "card": models_card, "export": models_export, "push": models_push, "pull": models_pull,
     }  # fmt: skip
     for verb, function in verbs.items():
         registry.command(function, name=verb)

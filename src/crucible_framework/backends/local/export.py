@@ -19,7 +19,7 @@ from ...data.byte_files import byte_tokenizer_files
 from ...errors import CapabilityError, ConfigError, NotFoundError
 from ...records import Checkpoint, record
 from .adapters import ADAPTER, CONFIG, read_snapshot
-from .bases import TINY, _from_folder, _head_name, _locate, canonical, tiny_model
+from .bases import TINY, _from_folder, _head_name, _locate, _quiet, canonical, tiny_model
 from .gguf_files import Kept, write_adapter_gguf, write_model_gguf
 from .lora import Adapter, layer_names, tensor_name
 
@@ -149,7 +149,8 @@ def _write_folder(loaded: _Loaded, folder: Path, precision: str) -> None:
     dtype = _DTYPES[precision]
     model = loaded.model.to(dtype)
     model.config.dtype = dtype  # type: ignore[union-attr] # transformers' own
-    model.save_pretrained(str(folder), max_shard_size="4GB")  # type: ignore[operator] # transformers' own
+    with _quiet():
+        model.save_pretrained(str(folder), max_shard_size="4GB")  # type: ignore[operator] # transformers' own
     _write_tokenizer(loaded.folder, folder)
 
 

@@ -198,10 +198,8 @@ def _pre(tokenizer: Mapping[str, Any], folder: Path) -> str:
 
 
 def _tokenizer(writer: GGUFWriter, kept: Kept) -> None:
-    """The tokenizer; the built-in bytes have no merges, which llama.cpp cannot express, so that file takes token ids only."""
     if kept.folder is None:
-        writer.add_tokenizer_model("none")
-        return
+        raise CapabilityError("The built-in tokenizer has bytes and no merges, which llama.cpp cannot express. Export 'merged', or take another base model.")
     gguf = _gguf()
     tokenizer = cast("dict[str, Any]", read_json(kept.folder / "tokenizer.json"))
     model = tokenizer["model"]
