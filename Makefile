@@ -18,7 +18,7 @@ COOKBOOK := $(VENV)/cookbook/.installed
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference conformance
+.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference conformance bench-events
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -47,6 +47,9 @@ bench: $(DEV) ## Run the benchmarks
 
 bench-sampling: $(DEV) ## Measure sampling beside generate and llama.cpp, and keep the figures
 	@$(BIN)/python benchmarks/sampling.py --save sampling $(ARGS)
+
+bench-events: $(DEV) ## Measure what an event costs; fails where a promise of docs/observability.md is not kept
+	@$(BIN)/python benchmarks/events.py $(ARGS) --limits
 
 bench-losses: $(DEV) ## Show what the structure losses do (15 to 30 minutes)
 	@$(BIN)/python benchmarks/studies/loss_effects.py $(ARGS)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     )
     from .reports import write_report
     from .stats import bootstrap, compare_groups, mean_estimate, paired_difference, plan, seeds_and_items, wilson
-    from .store import Artifacts, Checkpoints, Models, list_runs, load_checkpoint, read_metrics
+    from .store import Artifacts, Checkpoints, Models, Tracker, list_runs, load_checkpoint, read_metrics
     from .training import Trainer, progress_bar
 
 _HOMES = {
@@ -62,7 +62,7 @@ _HOMES = {
     ),
     "reports": ("write_report",),
     "stats": ("bootstrap", "compare_groups", "mean_estimate", "paired_difference", "plan", "seeds_and_items", "wilson"),
-    "store": ("Artifacts", "Checkpoints", "Models", "list_runs", "load_checkpoint", "read_metrics"),
+    "store": ("Artifacts", "Checkpoints", "Models", "Tracker", "list_runs", "load_checkpoint", "read_metrics"),
     "training": ("Trainer", "progress_bar"),
 }  # fmt: skip
 _WHERE = {name: (home, name) for home, names in _HOMES.items() for name in names}
@@ -101,6 +101,7 @@ __all__ = [
     "RoutedSampler",
     "Sampler",
     "SamplingParams",
+    "Tracker",
     "TrainConfig",
     "Trainer",
     "TrainingResult",

@@ -17,7 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from types import TracebackType
+from typing import Self, TypeAlias
 
 from .records import Json
 
@@ -120,39 +121,44 @@ def emit(name: str, **fields: Json) -> None:
 
 
 class Span:
-    """An open span; `set(...)` adds fields to the event that its end emits."""
+    """A span of a block; `set(...)` adds fields to the event that its end emits. Made by `span`."""
 
-    __slots__ = ("fields",)
+    __slots__ = ("_name", "_start", "_token", "fields")
 
-    def __init__(self, fields: dict[str, Json]) -> None:
-        self.fields = fields
+    def __init__(self, name: str, fields: dict[str, Json]) -> None:
+        self._name, self.fields = name, fields
+        self._token: contextvars.Token[tuple[str, str]] | None = None
 
     def set(self, **fields: Json) -> None:
         """Adds or replaces fields."""
         self.fields.update(fields)
 
+    def __enter__(self) -> Self:
+        if _sinks:
+            trace, _ = _span.get()
+            self._token = _span.set((trace or os.urandom(16).hex(), _new_id()))
+            self._start = time.perf_counter()
+        return self
 
-@contextmanager
-def span(name: str, **fields: Json) -> Iterator[Span]:
-    """Times the block and emits one event at its end, with `duration_s`, and `error` where it raised. Spans nest by context."""
-    opened = Span(dict(fields))
-    if not _sinks:
-        yield opened
-        return
-    trace, parent = _span.get()
-    trace, identity = trace or os.urandom(16).hex(), _new_id()
-    token = _span.set((trace, identity))
-    start = time.perf_counter()
-    try:
-        yield opened
-    except BaseException as error:
-        opened.fields["error"] = type(error).__name__
-        raise
-    finally:
-        _span.reset(token)
-        duration_s = time.perf_counter() - start
-        event: dict[str, Json] = {"ts": time.time(), "name": name, "run": _run.get(), "span": identity, "parent": parent, "trace": trace}
-        _send({**event, "kind": "span", "duration_s": duration_s, **opened.fields})
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._token is None:
+            return
+        duration_s = time.perf_counter() - self._start
+        trace, identity = _span.get()
+        before = self._token.old_value
+        parent = "" if before is contextvars.Token.MISSING else before[1]
+        _span.reset(self._token)
+        event: dict[str, Json] = {"ts": time.time(), "name": self._name, "run": _run.get(), "span": identity, "parent": parent, "trace": trace,
+                                  "kind": "span", "duration_s": duration_s}  # fmt: skip
+        if kind is not None:
+            event["error"] = kind.__name__
+        event.update(self.fields)
+        _send(event)
+
+
+def span(name: str, **fields: Json) -> Span:
+    """Times a `with` block and emits one event at its end, with `duration_s`, and `error` where it raised. Spans nest by context."""
+    return Span(name, fields)
 
 
 def decision(what: str, *, chose: str, among: Sequence[str], because: str, confidence: float | None = None, causes: Sequence[str] = (), **fields: Json) -> str:

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar, cast, dataclass_transform, get_args, overlo
 import numpy as np
 from numpy.typing import NDArray
 
+from .display import table_html
 from .errors import ConfigError, DataError, UnknownNameError
 
 __all__ = [
@@ -412,7 +413,10 @@ class TrainingResult:
 
 @record
 class ModelVersion:
-    """One entry of the model registry; `parents` are "name:version" strings and checkpoint URIs it was made from."""
+    """One entry of the model registry; `parents` are "name:version" strings and checkpoint URIs it was made from.
+
+    `directions` says of metrics by name whether less ("min") or more ("max") is better, where that was stated.
+    """
 
     name: str
     version: int
@@ -423,6 +427,7 @@ class ModelVersion:
     parents: tuple[str, ...]
     created_at: float
     description: str = ""
+    directions: Mapping[str, str] = field(default_factory=dict)
 
 
 @record
@@ -499,6 +504,11 @@ class Evaluation:
                 return estimate
         raise UnknownNameError("estimate", name, (estimate.name for estimate in self.estimates))
 
+    def _repr_html_(self) -> str:
+        rows = [(e.name, e.value, e.low, e.high, f"{e.level:.0%}", e.n, e.clusters, e.method) for e in self.estimates]
+        headers = ("measure", "value", "low", "high", "level", "n", "clusters", "method")
+        return table_html(f"{self.model} on {self.card.name} {self.card.split}: {len(self.items):,} examples", headers, rows)
+
 
 @record
 class Finding:
@@ -515,6 +525,10 @@ class Finding:
     source: str
     level: float = 0.95
     clusters: int | None = None
+
+    def _repr_html_(self) -> str:
+        row = (self.effect, *self.interval, f"{self.level:.0%}", self.p_value, self.n, self.clusters, self.test)
+        return table_html(self.name, ("effect", "low", "high", "level", "p", "n", "clusters", "test"), [row], self.why)
 
 
 # ---------------------------------------------------------------------------------------------------------- inference
@@ -581,6 +595,12 @@ class Verdict:
         """What all ballots cost together; None where a price is unknown."""
         costs = [ballot.cost for ballot in self.ballots]
         return None if any(cost is None for cost in costs) else sum(cost for cost in costs if cost is not None)
+
+    def _repr_html_(self) -> str:
+        rows = [(b.member, "(none)" if b.answer is None else b.answer, b.confidence, b.weight, b.latency_s, b.cost, b.error) for b in self.ballots]
+        sure = "" if self.probability is None else f", probability {self.probability:.2f}"
+        told = f"{self.answer if self.answer is not None else 'no answer'} ({self.strategy}, agreement {self.agreement:.2f}{sure})"
+        return table_html(told, ("member", "answer", "confidence", "weight", "seconds", "cost", "error"), rows, self.reason)
 
 
 @record

@@ -1,9 +1,9 @@
-"""Where events go besides a run's own file: a checksummed JSON-lines file, OpenTelemetry, or any slow function.
+"""Where events go: a checksummed JSON-lines file (a run's own is one), or any slow function. Other programs' formats: see `exporters`.
 
-All of them take an event by appending it to a queue; one thread behind each does the work in batches. So a slow or dead target never slows
-the caller and never blocks the exit. A full queue drops the newest events and counts them: the count is written as `events.dropped`.
+Each takes an event by appending it to a queue; one thread behind it does the work in batches. So a slow or dead target never slows the
+caller and never blocks the exit. A full queue drops the newest events and counts them: the count is written as `events.dropped`.
 
-A line of `to_jsonl` ends in `"seq":…,"crc":"…"`: the number of the event in its process, and the CRC-32 of the line before `,"crc"`. What
+A line of a file ends in `"seq":…,"crc":"…"`: the number of the event in its process, and the CRC-32 of the line before `,"crc"`. What
 a process has handed over is on its way to the file within FLUSH_S, so kill -9 loses no more than that.
 """
 
@@ -17,9 +17,8 @@ import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import orjson
 
@@ -28,10 +27,7 @@ from .events import Event, subscribe
 from .files import storage_errors
 from .records import Json, record
 
-if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import SpanProcessor
-
-__all__ = ["FLUSH_S", "EventLog", "Queued", "read_events", "to_jsonl", "to_opentelemetry"]
+__all__ = ["FLUSH_S", "EventLog", "Queued", "event_file", "read_events", "to_jsonl"]
 
 FLUSH_S = 0.05
 _LIMIT = 100_000
@@ -48,6 +44,7 @@ class Queued:
         write: takes a list of events; where it raises, the batch is lost, counted and logged once.
         limit: events that may wait.
         exit_s: how long `close`, and the end of the process, wait at the most for what is still queued.
+        close: called in the same thread after the last batch, within the same `exit_s`.
     """
 
     def __init__(
@@ -89,6 +86,11 @@ class Queued:
         while not self._stop.wait(FLUSH_S):
             self._drain()
         self._drain()
+        if self._on_close is not None:
+            try:
+                self._on_close()
+            except Exception:
+                _log.exception("an event sink could not be closed")
 
     def _drain(self) -> None:
         while self._queue or self.dropped > self._told:
@@ -112,10 +114,10 @@ class Queued:
             return
         self._closed = True
         self._stop.set()
+        if self._thread is None and self._on_close is not None:
+            self._start()
         if self._thread is not None:
             self._thread.join(self._exit_s)
-        if self._on_close is not None and not (self._thread is not None and self._thread.is_alive()):
-            self._on_close()
         _open.discard(self)
 
     def listen(self) -> Callable[[], None]:
@@ -144,10 +146,10 @@ def _line(event: Event, seq: int) -> bytes:
     return b'%b,"crc":"%08x"}\n' % (body[:-1], zlib.crc32(body[:-1]))
 
 
-def to_jsonl(path: str | Path, *, limit: int = _LIMIT) -> Callable[[], None]:
-    """Appends every event from now on to a file, one checksummed line each; returns a function that ends it and waits until all is written.
+def event_file(path: str | Path, *, limit: int = _LIMIT) -> Queued:
+    """A sink that appends the events it is called with to a file, one checksummed line each; `close` waits until all is written.
 
-    Any number of processes may append to one file: a batch is one write to its end.
+    Any number of processes may append to one file: a batch is one write to its end. A torn last line gets its end, so that it spoils no other.
 
     Raises:
         StoreError: the file cannot be opened.
@@ -155,7 +157,9 @@ def to_jsonl(path: str | Path, *, limit: int = _LIMIT) -> Callable[[], None]:
     path = Path(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if (size := os.fstat(descriptor).st_size) and os.pread(descriptor, 1, size - 1) != b"\n":
+            os.write(descriptor, b"\n")
     counts: dict[int, int] = {}
 
     def write(batch: Sequence[Event]) -> None:
@@ -165,7 +169,16 @@ def to_jsonl(path: str | Path, *, limit: int = _LIMIT) -> Callable[[], None]:
         while data:
             data = data[os.write(descriptor, data) :]
 
-    return Queued(write, limit=limit, close=lambda: os.close(descriptor)).listen()
+    return Queued(write, limit=limit, close=lambda: os.close(descriptor))
+
+
+def to_jsonl(path: str | Path, *, limit: int = _LIMIT) -> Callable[[], None]:
+    """Every event from now on goes to an `event_file`; returns a function that ends it and waits until all is written.
+
+    Raises:
+        StoreError: the file cannot be opened.
+    """
+    return event_file(path, limit=limit).listen()
 
 
 @record
@@ -177,7 +190,7 @@ class EventLog:
 
 
 def read_events(path: str | Path) -> EventLog:
-    """The events of a file, each compared with its checksum; lines of a run's own file have none and are taken as they are.
+    """The events of a file, each compared with its checksum; lines of another writer, without one, are taken as they are.
 
     Raises:
         NotFoundError: there is no such file.
@@ -211,89 +224,3 @@ def _checked(line: bytes) -> dict[str, Json] | str:
     if row.pop("crc", row.get("seq")) is not None and not line.endswith(b',"crc":"%08x"}' % zlib.crc32(line[: line.rfind(b',"crc":"')])):
         return "its checksum differs: it changed after it was written"
     return row
-
-
-# -------------------------------------------------------------------------------------------------------- OpenTelemetry
-_GENAI: Mapping[str, str] = {
-    "model": "gen_ai.request.model",
-    "max_tokens": "gen_ai.request.max_tokens",
-    "temperature": "gen_ai.request.temperature",
-    "n": "gen_ai.request.choice.count",
-    "prompt_tokens": "gen_ai.usage.input_tokens",
-    "tokens": "gen_ai.usage.output_tokens",
-    "completion_tokens": "gen_ai.usage.output_tokens",
-}
-"""Field of `inference.*` → attribute. Source: OpenTelemetry semantic conventions for generative AI (development status), as of 2026-10."""
-
-
-def _attributes(event: Event) -> dict[str, str | int | float | bool]:
-    name = str(event["name"])
-    found: dict[str, str | int | float | bool] = {"crucible.run": str(event.get("run", ""))} if event.get("run") else {}
-    inference = name.startswith("inference.")
-    if inference:
-        found |= {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "crucible"}
-    area = "train" if name.startswith("training.") else name.partition(".")[0]
-    for key, value in event.items():
-        if key in ("ts", "name", "run", "span", "parent", "trace", "kind", "duration_s", "seq") or value is None:
-            continue
-        plain = value if isinstance(value, (str, int, float, bool)) else orjson.dumps(value, default=str).decode()
-        if key == "error":
-            found["error.type"] = str(value)
-        else:
-            found[_GENAI[key] if inference and key in _GENAI else f"crucible.{area}.{key}"] = plain
-    return found
-
-
-def to_opentelemetry(processor: SpanProcessor, *, limit: int = _LIMIT) -> Callable[[], None]:
-    """Sends spans, and other events as spans without length, to an OpenTelemetry processor with an exporter; returns a function that ends it.
-
-    Ids are kept, so that what other services report under a `traceparent` of ours hangs below the right span.
-
-    Args:
-        processor: `BatchSpanProcessor(OTLPSpanExporter(...))`, for example.
-        limit: events that may wait.
-
-    Raises:
-        ConfigError: opentelemetry-sdk is not installed.
-    """
-    try:
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.id_generator import IdGenerator
-        from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags, set_span_in_context
-    except ImportError as error:
-        raise ConfigError("OpenTelemetry is not installed. Install it: pip install 'crucible-framework[otel]'") from error
-
-    class Ours(IdGenerator):
-        trace, span = 0, 0
-
-        def generate_span_id(self) -> int:
-            return self.span or int.from_bytes(os.urandom(8), "big") | 1
-
-        def generate_trace_id(self) -> int:
-            return self.trace or int.from_bytes(os.urandom(16), "big") | 1
-
-    ids = Ours()
-    provider = TracerProvider(id_generator=ids, shutdown_on_exit=False)
-    provider.add_span_processor(processor)
-    tracer = provider.get_tracer("crucible_framework")
-
-    def send(event: Event) -> None:
-        is_span = event.get("kind") == "span"
-        ids.trace = int(str(event.get("trace") or "0"), 16)
-        ids.span = int(str(event["span"]), 16) if is_span else 0
-        above = str(event.get("parent") if is_span else event.get("span")) if ids.trace else ""
-        context = None
-        if above:
-            context = set_span_in_context(NonRecordingSpan(SpanContext(ids.trace, int(above, 16), is_remote=False, trace_flags=TraceFlags(1))))
-        end_ns = int(float(cast("float", event["ts"])) * 1e9)
-        start_ns = end_ns - int(float(cast("float", event.get("duration_s") or 0.0)) * 1e9)
-        made = tracer.start_span(str(event["name"]), context=context, start_time=start_ns, attributes=_attributes(event))
-        if event.get("error"):
-            made.set_status(StatusCode.ERROR, str(event["error"]))
-        made.end(end_ns)
-
-    def write(batch: Sequence[Event]) -> None:
-        for event in batch:
-            send(event)
-
-    return Queued(write, limit=limit, close=provider.shutdown).listen()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import tinker
 
-from crucible_framework.server.keeping import byte_tokenizer_files
+from crucible_framework.data.byte_files import byte_tokenizer_files
 
 TINY, SMALL = "local/tiny", "HuggingFaceTB/SmolLM2-135M-Instruct"
 ANSWERER = "Qwen/Qwen3.5-9B"

@@ -14,13 +14,13 @@ import pytest
 from crucible_framework.backends import connect
 from crucible_framework.cli import ui
 from crucible_framework.dashboard import Dashboard, Playground, model_card
-from crucible_framework.dashboard.cards import ancestry, run_of
 from crucible_framework.dashboard.guard import Guard
 from crucible_framework.dashboard.models_page import lineage_svg
 from crucible_framework.errors import ConfigError, InferenceError, LockedError, NotFoundError, UnknownNameError
 from crucible_framework.protocols import Backend
 from crucible_framework.records import Completion, Prompt, SamplingParams
 from crucible_framework.store import Models
+from crucible_framework.store.lineage import ancestry, run_of
 
 from .conftest import Client
 

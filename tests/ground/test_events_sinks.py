@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from crucible_framework import events
 from crucible_framework.errors import ConfigError, NotFoundError, StoreError
 from crucible_framework.events import Event, emit, span
-from crucible_framework.sinks import Queued, read_events, to_jsonl, to_opentelemetry
+from crucible_framework.sinks import Queued, event_file, read_events, to_jsonl
 
 
 def wait_until(true: object, seconds: float = 10.0) -> None:
@@ -185,32 +185,38 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         to_jsonl(tmp_path / "file" / "events.jsonl")
 
 
-def test_opentelemetry_gets_the_same_tree_with_the_same_ids() -> None:
-    trace_sdk = pytest.importorskip("opentelemetry.sdk.trace.export")
-    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
-    exporter = memory.InMemorySpanExporter()
-    end = to_opentelemetry(trace_sdk.SimpleSpanProcessor(exporter))
-    with events.collect() as seen:
-        with events.in_run("first"), span("training.run", loss="cross_entropy"), span("inference.sample", model="tiny", n=2) as inner:
-            inner.set(tokens=5, causes=["a"])
-            emit("hedge.fired", delay_s=0.5)
-        with pytest.raises(ValueError, match="bad"), span("work"):
-            raise ValueError("bad")
-        emit("alone")
-    end()
-    by_name = {one.name: one for one in exporter.get_finished_spans()}
-    own = {str(event["name"]): event for event in seen}
-    assert set(by_name) == set(own)
-    root, sample = by_name["training.run"], by_name["inference.sample"]
-    assert f"{root.context.trace_id:032x}" == own["training.run"]["trace"]
-    assert f"{sample.context.span_id:016x}" == own["inference.sample"]["span"]
-    assert sample.parent.span_id == root.context.span_id
-    assert by_name["hedge.fired"].parent.span_id == sample.context.span_id
-    assert by_name["alone"].parent is None
-    assert sample.attributes["gen_ai.request.model"] == "tiny"
-    assert sample.attributes["gen_ai.usage.output_tokens"] == 5
-    assert sample.attributes["crucible.inference.causes"] == '["a"]'
-    assert (root.attributes["crucible.train.loss"], root.attributes["crucible.run"]) == ("cross_entropy", "first")
-    assert by_name["work"].attributes["error.type"] == "ValueError"
-    assert not by_name["work"].status.is_ok
-    assert abs((root.end_time - root.start_time) / 1e9 - float(str(own["training.run"]["duration_s"]))) < 1e-3
+def test_a_torn_end_spoils_no_later_event(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"ts":1,"name":"tor')
+    sink = event_file(path)
+    sink({"name": "next"})
+    sink.close()
+    log = read_events(path)
+    assert [event["name"] for event in log.events] == ["next"]
+    assert [problem.split(": ", 1)[0] for problem in log.problems] == ["events.jsonl:1"]
+
+
+def test_what_ends_a_target_is_called_once_and_in_time() -> None:
+    gate, closed = threading.Event(), list[str]()
+
+    def close() -> None:
+        closed.append(threading.current_thread().name)
+
+    sink = Queued(lambda batch: None, close=close)
+    sink.close()
+    sink.close()
+    assert closed == ["crucible-events"]
+    stuck = Queued(lambda batch: None, exit_s=0.05, close=lambda: wait_until(gate.is_set, 30))
+    stuck({"name": "x"})
+    stuck.close()  # comes back although the target does not
+    assert not gate.is_set()
+    gate.set()
+
+
+def test_a_target_that_cannot_be_closed_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> None:
+        raise OSError("gone")
+
+    with caplog.at_level(logging.ERROR):
+        Queued(lambda batch: None, close=broken).close()
+    assert "could not be closed" in caplog.text

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crucible_framework import events, files
-from crucible_framework.errors import ConfigError, CorruptError, NotFoundError, StoreError
+from crucible_framework.errors import ConfigError, CorruptError, NotFoundError, StoreError, UnknownNameError
 from crucible_framework.records import Checkpoint, LoraConfig
 from crucible_framework.store import Checkpoints, Models, load_checkpoint
-from crucible_framework.store.models import _parsed
+from crucible_framework.store.query import parse_condition
 
 if TYPE_CHECKING:
     from tests.store.conftest import Children
@@ -135,7 +135,7 @@ def test_references(models: Models, checkpoints: tuple[Checkpoint, ...]) -> None
         models.get("claims@archived")
     with pytest.raises(NotFoundError, match="Did you mean 'claims'"):
         models.get("claim")
-    for bad in ("claims@best", "claims:0", "claims:1@production", ""):
+    for bad in ("claims@", "claims:0", "claims:1@production", ""):
         with pytest.raises(ConfigError, match="names no model"):
             models.get(bad)
 
@@ -213,12 +213,13 @@ def test_find_fits_all_that_is_given(models: Models, checkpoints: tuple[Checkpoi
 
 @given(
     metric=st.text(st.characters(categories=["L", "N"], include_characters="/_-@."), min_size=1),
-    sign=st.sampled_from(["<", "<=", "=", "==", ">=", ">"]),
+    sign=st.sampled_from(["<", "<=", "=", "==", "!=", ">=", ">"]),
     value=st.floats(allow_nan=False),
     space=st.sampled_from(["", " ", "  "]),
 )
 def test_every_condition_reads_back(metric: str, sign: str, value: float, space: str) -> None:
-    assert _parsed(f" {metric}{space}{sign}{space}{value!r} ") == (metric, sign, value)
+    found = parse_condition(f" {metric}{space}{sign}{space}{value!r} ")
+    assert (found.key, found.sign, found.number) == (metric, "=" if sign == "==" else sign, value)
 
 
 def test_lineage_walks_to_the_checkpoints(models: Models, checkpoints: tuple[Checkpoint, ...]) -> None:
@@ -322,3 +323,57 @@ def test_processes_get_distinct_consecutive_versions(models: Models, checkpoints
     models.rebuild()
     assert models.list() == before
     assert models.broken() == ()
+
+
+# ------------------------------------------------------------------------------------------------ order and aliases
+def test_the_best_comes_first_by_stated_or_known_directions(models: Models, checkpoints: tuple[Checkpoint, ...]) -> None:
+    for value in (0.5, 0.9, 0.7):
+        models.register(checkpoints[0], "a", metrics={"eval/accuracy": value, "odd": value, "dev/loss": value}, directions={"odd": "min"})
+    models.register(checkpoints[1], "b")
+    models.register(checkpoints[1], "c", metrics={"eval/accuracy": math.nan, "plain": 1.0})
+
+    def order(**wanted: object) -> list[str]:
+        return [f"{v.name}:{v.version}" for v in models.find(**wanted)]  # type: ignore[arg-type] # each test says what it gives
+
+    assert order(order_by="eval/accuracy") == ["a:2", "a:3", "a:1", "b:1", "c:1"]
+    assert order(order_by="eval/accuracy", direction="min", limit=1) == ["a:1"]
+    assert order(order_by="odd", name="a") == ["a:1", "a:3", "a:2"]
+    assert order(order_by="dev/loss", where=["eval/accuracy > 0"]) == ["a:1", "a:3", "a:2"]
+    assert models.get("a:1").directions == {"odd": "min"}
+    models.rebuild()
+    assert order(order_by="odd", name="a") == ["a:1", "a:3", "a:2"]
+    with pytest.raises(ConfigError, match="Nothing says whether more of 'plain'"):
+        models.find(order_by="plain")
+    with pytest.raises(UnknownNameError, match="Did you mean 'eval/accuracy'"):
+        models.find(order_by="eval/acuracy")
+    with pytest.raises(ConfigError, match="direction of 'x' is 'up'"):
+        models.register(checkpoints[0], "a", metrics={"x": 1.0}, directions={"x": "up"})  # type: ignore[dict-item]
+    assert models.find(where=["eval/accuracy != 0.5"], name="a")[0].version == 2
+    with pytest.raises(ConfigError, match="compares no number"):
+        models.find(where=["eval/accuracy = high"])
+
+
+def test_aliases_point_at_versions_and_move(models: Models, checkpoints: tuple[Checkpoint, ...]) -> None:
+    for _ in range(3):
+        models.register(checkpoints[0], "a")
+    with events.collect() as seen:
+        models.alias("a", "champion", 2)
+    assert [(e["alias"], e["version"]) for e in seen if e["name"] == "model.aliased"] == [("champion", 2)]
+    assert models.get("a@champion").version == 2
+    models.alias("a", "champion", 3)
+    models.alias("a", "rival", 1)
+    assert models.aliases("a") == {"champion": 3, "rival": 1}
+    assert models.tag("a@champion", {"x": "1"}).version == 3
+    models.alias("a", "champion", None)
+    with pytest.raises(NotFoundError, match="No alias or stage is called 'champion'"):
+        models.get("a@champion")
+    with pytest.raises(NotFoundError, match="No model version fits 'a:9'"):
+        models.alias("a", "new", 9)
+    for bad in ("production", "2", "a b", "-x", ""):
+        with pytest.raises(ConfigError):
+            models.alias("a", bad, 1)
+    path = models.folder / "a" / "aliases.json"
+    path.write_text(path.read_text().replace('"rival": 1', '"rival": 2'))
+    with pytest.raises(CorruptError, match="its checksum differs"):
+        models.get("a@rival")
+    assert models.get("a").version == 3

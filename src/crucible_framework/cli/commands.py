@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import App, Parameter
 from rich.console import Group
 
 from ..backends import connect
-from ..config import places
 from ..data import datasets as known_datasets
 from ..demo import run_demo
-from ..errors import ConfigError, CorruptError, NotFoundError
 from ..evaluation import compare, evaluate
 from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
@@ -25,7 +22,6 @@ from ..protocols import Sampler
 from ..records import Evaluation, SamplingParams
 from ..reports import write_report
 from ..reports.study import is_study, write_study_report
-from ..store import Checkpoints, Models, list_runs, load_checkpoint, read_run
 from ..training import Callback, Trainer, progress_bar, received_signal
 from ..training import watch as watching
 from . import show
@@ -142,25 +138,6 @@ def score(
     return Reply({"evaluation": found[model], "against": found[against], "findings": findings}, Group(*parts, *map(show.finding_text, findings)))
 
 
-def runs(folder: Path | None = None, /) -> Reply:
-    """List the runs of the workspace, or show one.
-
-    Args:
-        folder: a run folder, or a workspace (`runs`).
-    """
-    root = folder or places().runs
-    if folder is not None and not folder.is_dir():
-        raise NotFoundError(f"There is no folder {str(folder)!r}. List the runs of the workspace: crucible runs")
-    if (root / "run.json").exists():
-        one = read_run(root)
-        return Reply(
-            one, show.table(("key", "value"), [*{"status": one.status, "base model": one.base_model, "steps": one.steps}.items(), *one.metrics.items()], "")
-        )
-    found = list_runs(root)
-    rows = [(one.name, one.status, one.steps, one.base_model, show.figure(one.metrics.get("train/loss")), show.when(one.created_at)) for one in found]
-    return Reply(found, show.table(("run", "status", "steps", "base model", "train/loss", "made"), rows, f"No runs in {root}. Make one: crucible demo --quick"))
-
-
 def report(folder: Path, /) -> Reply:
     """Write report.html and report.md of a run or study.
 
@@ -193,162 +170,8 @@ def doctor() -> Reply:
     return Reply({"checks": list(checks)}, show.table(("", "what", "found", "fix"), rows, ""), 0 if all(one.ok for one in checks) else 78)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
-def _kept(run: Path) -> Checkpoints:
-    if not run.is_dir():
-        raise NotFoundError(f"There is no run folder {str(run)!r}. List the runs of the workspace: crucible runs")
-    return Checkpoints(run / "checkpoints")
-
-
-def checkpoints_list(folder: Path, /) -> Reply:
-    """List a run's checkpoints.
-
-    Args:
-        folder: the run folder.
-    """
-    kept = _kept(folder)
-    rows = [(c.name, c.step, show.figure(c.metrics.get("train/loss")), show.size(c.size_bytes), "pinned" if c.pinned else "") for c in kept.list()]
-    broken = "".join(f"\nnot sound: {path} ({why})" for path, why in kept.broken())
-    shown = show.table(("checkpoint", "step", "train/loss", "size", ""), rows, f"No checkpoints in {folder}.")
-    return Reply({"checkpoints": list(kept.list()), "broken": [str(path) for path, _ in kept.broken()]}, Group(shown, broken) if broken else shown)
-
-
-def checkpoints_best(folder: Path, /, *, metric: str = "train/loss", direction: Literal["min", "max"] = "min") -> Reply:
-    """The best checkpoint by a metric.
-
-    Args:
-        folder: the run folder.
-        metric: one that was written with the checkpoints.
-        direction: whether less or more is better.
-    """
-    best = _kept(folder).best(metric, direction)
-    return Reply(best, f"{best.name}: {metric} {show.figure(best.metrics[metric])}\n{best.local_path}")
-
-
-def checkpoints_verify(folder: Path, /) -> Reply:
-    """Compare every byte of a run's checkpoints with what was saved.
-
-    Args:
-        folder: the run folder, or one checkpoint's.
-    """
-    if (folder / "manifest.json").exists():
-        return Reply(load_checkpoint(folder), f"{folder}: sound")
-    kept = _kept(folder)
-    for one in kept.list():
-        kept.verify(one)
-    for path, why in kept.broken():
-        raise CorruptError(f"{str(path)!r} is not sound: {why}")
-    return Reply({"verified": [one.name for one in kept.list()]}, f"{len(kept.list())} checkpoints, every byte as it was saved.")
-
-
-def checkpoints_prune(folder: Path, /, *, keep: int = 3, metric: str = "train/loss", direction: Literal["min", "max"] = "min") -> Reply:
-    """Remove old checkpoints; the newest, the best, the pinned and their parents stay.
-
-    Args:
-        folder: the run folder.
-        keep: how many of the newest stay.
-        metric: what the best is judged by.
-        direction: whether less or more is better.
-    """
-    removed = _kept(folder).prune(keep, metric=metric, direction=direction)
-    return Reply({"removed": [one.name for one in removed]}, f"Removed {len(removed)}: {', '.join(one.name for one in removed) or 'nothing'}.")
-
-
-# -------------------------------------------------------------------------------------------------------------- models
-def _models() -> Models:
-    return Models(places().runs / "models")
-
-
-def models_list(*, stage: Literal["none", "staging", "production", "archived"] | None = None, tag: str | None = None) -> Reply:
-    """List registered models.
-
-    Args:
-        stage: none, staging, production or archived.
-        tag: `key=value`.
-    """
-    key, value = _pair(tag) if tag else ("", "")
-    found = _models().find(stage=stage, tags={key: value} if tag else {})
-    rows = [
-        (f"{o.name}:{o.version}", o.stage, o.checkpoint.base_model, ", ".join(f"{k}={v}" for k, v in o.tags.items()), show.when(o.created_at)) for o in found
-    ]
-    return Reply({"models": list(found)}, show.table(("model", "stage", "base model", "tags", "registered"), rows, "No models are registered."))
-
-
-def models_register(checkpoint: str, name: str, /, *, description: str = "", tag: list[str] | None = None) -> Reply:
-    """Register a run's latest checkpoint, or a checkpoint folder, under a name.
-
-    Args:
-        checkpoint: a run or checkpoint folder.
-        name: of the model; each registration is a new version.
-        description: one sentence.
-        tag: `key=value`; may be given again.
-    """
-    found = resolve_model(checkpoint)
-    if isinstance(found, str):
-        raise ConfigError(f"{checkpoint!r} is neither a run nor a checkpoint folder. List runs: crucible runs")
-    made = _models().register(found, name=name, tags=dict(_pair(one) for one in tag or ()), description=description)
-    return Reply(made, f"{made.name}:{made.version}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not (key and sign):
-        raise ConfigError(f"The tag {text!r} has no value; expected key=value.")
-    return key, value
-
-
-def models_show(reference: str, /) -> Reply:
-    """Show a registered model and where it comes from.
-
-    Args:
-        reference: `name`, `name:version` or `name@stage`.
-    """
-    one, above = _models().get(reference), _models().lineage(reference)
-    about = {"model": f"{one.name}:{one.version}", "stage": one.stage, "base model": one.checkpoint.base_model, "description": one.description}
-    scores = {key: show.figure(value) for key, value in one.metrics.items()}
-    rows = [*about.items(), *one.tags.items(), *scores.items(), ("files", one.checkpoint.local_path), ("made from", ", ".join(one.parents))]
-    return Reply({"model": one, "lineage": above}, show.table(("key", "value"), rows, ""))
-
-
-def models_tag(reference: str, tags: list[str], /) -> Reply:
-    """Put tags on a registered model.
-
-    Args:
-        reference: `name`, `name:version` or `name@stage`.
-        tags: `key=value` each.
-    """
-    made = _models().tag(reference, dict(_pair(one) for one in tags))
-    return Reply(made, ", ".join(f"{key}={value}" for key, value in made.tags.items()))
-
-
-def models_promote(reference: str, stage: Literal["none", "staging", "production", "archived"], /) -> Reply:
-    """Move a registered model to a stage; the production version before it is archived.
-
-    Args:
-        reference: `name`, `name:version` or `name@stage`.
-        stage: where to.
-    """
-    made = _models().promote(reference, stage)
-    return Reply(made, f"{made.name}:{made.version} is now in {made.stage}.")
-
-
 def register(app: App) -> None:
     """Adds every command to the tree."""
-    for command in (demo, train, sample, report, runs, datasets, losses, doctor):
+    for command in (demo, train, sample, report, datasets, losses, doctor):
         app.command(command)
     app.command(score, name="eval")
-    groups: dict[str, tuple[str, dict[str, Callable[..., Reply]]]] = {
-        "checkpoints": (
-            "List, verify and prune a run's checkpoints.",
-            {"list": checkpoints_list, "best": checkpoints_best, "verify": checkpoints_verify, "prune": checkpoints_prune},
-        ),
-        "models": (
-            "Register, find, tag and promote models.",
-            {"list": models_list, "register": models_register, "show": models_show, "tag": models_tag, "promote": models_promote},
-        ),
-    }
-    for name, (doc, commands) in groups.items():
-        group = App(name=name, help=doc)
-        for verb, function in commands.items():
-            group.command(function, name=verb)
-        app.command(group)

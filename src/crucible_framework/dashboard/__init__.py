@@ -5,11 +5,11 @@ Whatever it shows, files say: nothing here trains, decides or keeps state. Impor
 
 from __future__ import annotations
 
-from .cards import model_card
+from ..reports.cards import model_card
+from ..traces import Trace, TraceDiff, TraceNode, diff_traces, load_trace
 from .playground import Answer, Playground
 from .server import beside, make_app
 from .serving import Dashboard
-from .trace import Trace, TraceDiff, TraceNode, diff_traces, load_trace
 from .trace_page import render_trace
 
 __all__ = [

@@ -9,7 +9,7 @@ from ..records import ModelVersion
 from ..reports import words
 from ..reports.markup import Markup, element, join
 from ..store import Stage
-from .cards import Ancestor
+from ..store.lineage import Ancestor
 from .frame import empty_state, field, link, page, status, table, url
 
 __all__ = ["lineage_svg", "model_page", "models_page"]

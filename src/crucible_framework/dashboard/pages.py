@@ -14,14 +14,16 @@ import orjson
 from ..errors import AuthError, ConfigError, CrucibleError, NotFoundError
 from ..experiments import StudyOverview, study_overview
 from ..records import Json
+from ..reports.cards import model_card
 from ..reports.parts import Document
 from ..reports.requests import HedgeSummary, RouteSummary, read_requests, summarise_hedges, summarise_routes
 from ..reports.study import study_document
 from ..reports.votes import VoteSummary, read_votes, summarise_votes
 from ..store import Models
+from ..store.lineage import ancestry
+from ..traces import load_trace
 from . import live
 from .asked import AskedEvents
-from .cards import ancestry, model_card
 from .figures import Plot, csv_text, plot_csv, plot_svg, plots_in
 from .models_page import model_page, models_page
 from .play_page import play_page
@@ -31,7 +33,6 @@ from .requests_page import request_plots, requests_page
 from .run_pages import MOST_COMPARED, chart_svg, compare_page, compare_plots, run_html, run_plots
 from .runs_page import runs_page
 from .studies_page import matrix_map, studies_page, study_page
-from .trace import load_trace
 from .trace_page import render_trace, trace_html, traces_page
 from .views import chart_views, compare_runs, run_page, run_rows
 from .votes_page import vote_plots, votes_page

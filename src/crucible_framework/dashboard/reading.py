@@ -30,7 +30,7 @@ _MOST_BYTES = 8 << 20
 """Bytes read of one file in one look at the most."""
 _KEPT_RUNS = 256
 CELL = "::"
-_WATCHED = ("run.json", "config.json", "metrics.jsonl")
+_WATCHED = ("run.json", "config.json", "metrics.jsonl", "labels.json")
 
 
 @record

@@ -52,7 +52,7 @@ def event_rows(events: Sequence[Mapping[str, Json]]) -> list[Markup]:
     """Events as table rows, the newest first."""
     rows = []
     for event in reversed(events):
-        known = ("ts", "name", "run", "span", "parent", "trace", "kind", "seq")
+        known = ("ts", "name", "run", "span", "parent", "trace", "kind", "seq", "crc")
         rest = "  ".join(f"{key}={words.setting(value)}" for key, value in event.items() if key not in known and value not in ("", None))
         shown = (words.when(event.get("ts")), str(event.get("name", "")), words.clip(rest, 400))
         rows.append(

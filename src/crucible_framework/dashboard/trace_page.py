@@ -8,8 +8,8 @@ from pathlib import Path
 from ..reports import words
 from ..reports.markup import Markup, element, join, raw
 from ..reports.sources import as_list, as_text
+from ..traces import Trace, TraceNode
 from .frame import empty_state, field, link, page, table, url
-from .trace import Trace, TraceNode
 
 __all__ = ["render_trace", "trace_body", "trace_html", "traces_page"]
 

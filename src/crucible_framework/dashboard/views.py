@@ -15,10 +15,11 @@ from ..config import differing_keys
 from ..errors import CrucibleError
 from ..files import read_json
 from ..records import Estimate, Json, record
+from ..reports.cards import estimates_of
 from ..reports.layers import issue_table, layer_map
 from ..reports.panels import HeatMap
 from ..reports.parts import Table
-from ..reports.sources import RunFiles, as_list, as_number, as_table, as_text
+from ..reports.sources import RunFiles, as_table
 from ..reports.sources import read_run as read_files
 from ..store import RunInfo
 from ..training import Watched, read_watched
@@ -138,37 +139,6 @@ class Comparison:
     metrics: tuple[str, ...]
     settings: tuple[tuple[str, tuple[Json, ...]], ...]
     estimates: tuple[tuple[str, str, Estimate], ...]
-
-
-def estimates_of(folder: Path) -> tuple[tuple[str, str, Estimate], ...]:
-    """(evaluation's label, data set's sha256, estimate) of every finished evaluation of a run, the adapter's first; damaged ones are left out."""
-    found: list[tuple[str, str, Estimate]] = []
-    parent = folder / "eval"
-    names = sorted((p.name for p in parent.iterdir() if p.is_dir()), key=lambda n: (n != "adapter", n)) if parent.is_dir() else []
-    for name in names:
-        try:
-            body = as_table(read_json(parent / name / "evaluation.json"))
-        except CrucibleError:
-            continue
-        data = as_text(as_table(body.get("card")).get("sha256"))
-        found += [(as_text(body.get("label")) or name, data, one) for one in map(_estimate, as_list(body.get("estimates"))) if one is not None]
-    return tuple(found)
-
-
-def _estimate(value: Json) -> Estimate | None:
-    table = as_table(value)
-    number, low, high = (as_number(table.get(key)) for key in ("value", "low", "high"))
-    if number is None:
-        return None
-    return Estimate(
-        name=as_text(table.get("name")),
-        value=number,
-        low=math.nan if low is None else low,
-        high=math.nan if high is None else high,
-        n=int(as_number(table.get("n")) or 0),
-        level=as_number(table.get("level")) or 0.95,
-        method=as_text(table.get("method")),
-    )
 
 
 def run_row(workspace: Workspace, name: str) -> RunRow:

@@ -20,6 +20,7 @@ from typing import Literal, cast
 from .. import files
 from ..config import differing_keys, from_dict
 from ..data import load_dataset
+from ..display import table_html
 from ..errors import ConfigError, CorruptError, NotFoundError, PlanChangedError
 from ..evaluation import load_evaluation
 from ..records import Dataset, Evaluation, Json, record
@@ -79,6 +80,16 @@ class Study:
     def finished(self) -> bool:
         """Whether every cell has a result or a recorded failure."""
         return not self.of("pending")
+
+    def _repr_html_(self) -> str:
+        primary = self.experiment.primary
+        rows = []
+        for cell in self.cells:
+            found = next((e for e in cell.evaluation.estimates if e.name == primary), None) if cell.evaluation else None
+            measured = (found.value, found.low, found.high) if found else (None, None, None)
+            rows.append((cell.arm, cell.seed, cell.data, cell.status, *measured, cell.failure.message if cell.failure else ""))
+        counts = ", ".join(f"{len(self.of(status))} {status}" for status in ("done", "failed", "pending"))
+        return table_html(f"Study {self.experiment.name}: {counts}", ("arm", "seed", "data", "status", primary, "low", "high", "failure"), rows)
 
     def base_of(self, cell: CellResult) -> CellResult:
         """The evaluation of the untrained model that a cell started from."""

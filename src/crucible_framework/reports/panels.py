@@ -237,8 +237,7 @@ def xy_plot(plot: XYPlot, key: str) -> Markup:
     parts.append(element("line", {"x1": _LEFT, "x2": WIDTH - _RIGHT, "y1": bottom, "y2": bottom, "class": "axis"}))
     parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, _HEIGHT - 7, plot.x_label + (" (logarithmic axis)" if plot.log_x else ""), css="unit"))
     parts.append(_text(0.0, 16.0, plot.y_label + (" (logarithmic axis)" if plot.log_y else ""), "start", "unit"))
-    if plot.diagonal:
-        start, end = max(x_low, y_low), min(x_high, y_high)
+    start, end = max(x_low, y_low), min(x_high, y_high)
     if plot.diagonal and start <= end:  # else the two axes have no value in common
         parts.append(element("line", {"x1": x(start), "y1": y(start), "x2": x(end), "y2": y(end), "class": "zero"}))
     told = "; ".join(f"{c.name}: {len(c.x)} points, {words.number(c.y[0])} at {words.number(c.x[0])} to {words.number(c.y[-1])} at {words.number(c.x[-1])}"

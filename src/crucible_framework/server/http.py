@@ -156,7 +156,8 @@ class Door:
 
         async def guarded(request: Request) -> Response:
             try:
-                return await endpoint(request, self.tenant(request))
+                with events.continued(request.headers.get("traceparent", "")):  # what the caller's span caused hangs below it
+                    return await endpoint(request, self.tenant(request))
             except ClientDisconnect:
                 return Response(status_code=499)
             except Exception as error:

@@ -2,7 +2,8 @@
 
     <registry>/<name>/3/        the version's files, copied from the checkpoint and published with a manifest; never changed
     <registry>/<name>/3.json    what may change: its stage and tags (absent until one of them does)
-    <registry>/.index.sqlite    an index over both; `rebuild` makes it again
+    <registry>/<name>/aliases.json  names for versions
+    <registry>/.index.sqlite    an index over versions and states; `rebuild` makes it again
 
 A version owns its files, so pruning a run never breaks it. Nothing is ever deleted here. This file does not know what a model computes.
 """
@@ -20,18 +21,19 @@ import orjson
 
 from .. import events, files
 from ..config import to_dict
-from ..errors import ConfigError, CorruptError, NotFoundError
+from ..errors import ConfigError, CorruptError, NotFoundError, UnknownNameError
 from ..records import Checkpoint, Json, ModelVersion
 from .checkpoints import checkpoint_meta, from_manifest, number
 from .index import Index, Row
 from .names import not_found, safe_name
+from .query import Direction, direction_of, ordered, parse_condition
 from .versions import Stage, VersionFiles, assembled, copy_files, counting_stage, first_state, source_files, version_of
 
 __all__ = ["Models", "Stage"]
 
-_REFERENCE = re.compile(r"(?P<name>[^:@]+)(?::(?P<version>[1-9]\d{0,8})|@(?P<stage>[a-z]+))?")
+_REFERENCE = re.compile(r"(?P<name>[^:@]+)(?::(?P<version>[1-9]\d{0,8})|@(?P<word>[A-Za-z][A-Za-z0-9_-]*))?")
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _EXACT = re.compile(r"[^:@/]+:[1-9]\d{0,8}")
-_CONDITION = re.compile(r"(?P<metric>\S+?)\s*(?P<sign><=|>=|==|=|<|>)\s*(?P<value>[-+.\deE]+|[-+]?inf)")
 
 
 class Models:
@@ -52,6 +54,7 @@ class Models:
         metrics: Mapping[str, float] | None = None,
         parents: Iterable[str] = (),
         description: str = "",
+        directions: Mapping[str, Direction] | None = None,
     ) -> ModelVersion:
         """Makes the next version of a model from a copy of the checkpoint's files.
 
@@ -62,16 +65,20 @@ class Models:
             metrics: added to the checkpoint's own.
             parents: "name:version" of other models it was made from, or any URI.
             description: free text.
+            directions: of metrics whose name does not say it, whether less ("min") or more ("max") is better; `find` orders by it.
 
         Raises:
-            ConfigError: the name, a tag or a metric is not usable.
+            ConfigError: the name, a tag, a metric or a direction is not usable.
             NotFoundError: a parent of the form "name:version" is not registered, or the checkpoint's files are gone.
             CorruptError: the checkpoint's bytes are not those that were saved.
             StoreError: the checkpoint has no files here, or an I/O error; StorageFullError where there is no room. No version is made then.
         """
         safe_name("model", name)
         source, cards = source_files(checkpoint)
-        extra = to_dict({"tags": _checked_tags(tags or {}), "description": description})
+        for metric, direction in (directions or {}).items():
+            if direction not in get_args(Direction):
+                raise ConfigError(f"The direction of {metric!r} is {direction!r}; expected 'min' or 'max'.")
+        extra = to_dict({"tags": _checked_tags(tags or {}), "description": description, "directions": dict(directions or {})})
         scores = {key: float(value) for key, value in {**checkpoint.metrics, **(metrics or {})}.items()}
         origin = self._reference_of(source)
         start = time.perf_counter()
@@ -155,7 +162,8 @@ class Models:
         """A version, with every byte of its files compared with what was registered.
 
         Args:
-            reference: "name:2" for a version, "name@production" for the newest in a stage, "name" for the newest.
+            reference: "name:2" for a version, "name@production" for the newest in a stage, "name@champion" for where an alias points,
+                "name" for the newest.
 
         Raises:
             ConfigError: the reference has another form.
@@ -177,14 +185,26 @@ class Models:
 
     def _find_row(self, reference: str) -> Row:
         parts = _REFERENCE.fullmatch(reference)
-        stage = parts["stage"] if parts else None
-        if parts is None or (stage is not None and stage not in get_args(Stage)):
-            raise ConfigError(f"{reference!r} names no model; expected 'name', 'name:2' or 'name@stage' with a stage of {', '.join(get_args(Stage))}.")
+        if parts is None:
+            raise ConfigError(
+                f"{reference!r} names no model; expected 'name', 'name:2', or 'name@word' with an alias or a stage ({', '.join(get_args(Stage))})."
+            )
         rows = self._index.select("name = ?", (parts["name"],))
         if not rows:
             raise not_found("model", parts["name"], {row.name for row in self._index.select()}, "Register a checkpoint under that name first.")
-        fits = [r for r in rows if parts["version"] in (None, str(r.version)) and stage in (None, orjson.loads(r.body)["stage"])]
+        word, wanted = parts["word"], parts["version"]
+        stage = word if word in get_args(Stage) else None
+        if word is not None and stage is None:
+            wanted = str(self.aliases(parts["name"]).get(word, ""))
+        fits = [r for r in rows if wanted in (None, str(r.version)) and stage in (None, orjson.loads(r.body)["stage"])]
         if not fits:
+            if word is not None and stage is None:
+                raise not_found(
+                    "alias or stage",
+                    word,
+                    (*self.aliases(parts["name"]), *get_args(Stage)),
+                    f"Point it at a version: crucible models alias {parts['name']} {word} VERSION",
+                )
             known = ", ".join(f"{row.name}:{row.version}@{orjson.loads(row.body)['stage']}" for row in rows[-8:])
             raise NotFoundError(f"No model version fits {reference!r}. There are: {known}.")
         return fits[-1]
@@ -201,6 +221,9 @@ class Models:
         where: Iterable[str] = (),
         stage: Stage | None = None,
         base_model: str | None = None,
+        order_by: str | None = None,
+        direction: Direction | None = None,
+        limit: int | None = None,
     ) -> tuple[ModelVersion, ...]:
         """The versions that fit all that is given.
 
@@ -210,9 +233,14 @@ class Models:
             where: conditions over metrics ("dev/loss < 0.5", "accuracy >= 0.8"); a version without the metric does not fit.
             stage: the stage.
             base_model: what was adapted.
+            order_by: a metric; the best comes first, versions without it last. None: by name and version.
+            direction: whether the lowest ("min") or highest ("max") is best; None takes what was stated at registration, else what the
+                metric's name says.
+            limit: at most so many.
 
         Raises:
-            ConfigError: a condition does not parse.
+            ConfigError: a condition does not parse, or nothing says which direction is better.
+            UnknownNameError: no version that fits has the metric to order by.
         """
         conditions = ["1"]
         values: tuple[str | float, ...] = ()
@@ -224,11 +252,44 @@ class Models:
             conditions.append("EXISTS (SELECT 1 FROM json_each(body, '$.tags') AS t WHERE t.key = ? AND t.value = ?)")
             values = (*values, key, value)
         for text in where:
-            metric, sign, limit = _parsed(text)
-            test = f"m.key = ? AND m.type != 'text' AND m.value {sign} ?"  # the sign is one of five; text is "nan" or "inf"
+            condition = parse_condition(text)
+            if condition.number is None:
+                raise ConfigError(f"{text!r} compares no number; expected a metric and a number, for example 'dev/loss < 0.5'.")
+            test = f"m.key = ? AND m.type != 'text' AND m.value {condition.sign} ?"  # the sign is one of six; text is "nan" or "inf"
             conditions.append("EXISTS (SELECT 1 FROM json_each(body, '$.metrics') AS m WHERE " + test + ")")  # noqa: S608
-            values = (*values, metric, limit)
-        return self._select(" AND ".join(conditions), values)
+            values = (*values, condition.key, condition.number)
+        found = self._select(" AND ".join(conditions), values)
+        if order_by is not None and found:
+            if not any(order_by in one.metrics for one in found):
+                raise UnknownNameError("metric of these versions", order_by, {metric for one in found for metric in one.metrics})
+            stated = {metric: way for one in found for metric, way in one.directions.items()}
+            found = ordered([(one, one.metrics.get(order_by)) for one in found], direction or direction_of(order_by, stated))
+        return found[:limit]
+
+    # ---------------------------------------------------------------------------------------------------------- aliases
+    def alias(self, name: str, alias: str, version: int | None) -> None:
+        """Points an alias of a model ("champion") at one of its versions, or takes it away (None); `get("judge@champion")` follows it.
+
+        Raises:
+            ConfigError: the alias is a stage or no safe name. NotFoundError: there is no such version. CorruptError: the aliases are damaged.
+        """
+        safe_name("alias", alias)
+        if alias in get_args(Stage) or not _ALIAS.fullmatch(alias):
+            raise ConfigError(f"{alias!r} cannot be an alias; expected letters, digits, - or _ after a letter, and none of {', '.join(get_args(Stage))}.")
+        if version is not None:
+            self._find_exact(f"{name}:{version}")
+        with self._index.lock():
+            known = {key: value for key, value in self.aliases(name).items() if key != alias} | ({} if version is None else {alias: version})
+            self._files.write_aliases(name, known)
+        events.emit("model.aliased", model=name, alias=alias, version=version)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """The aliases of a model and the versions that they point at.
+
+        Raises:
+            CorruptError: their file is damaged.
+        """
+        return self._files.aliases(name)
 
     def lineage(self, reference: str) -> dict[str, tuple[str, ...]]:
         """What a version was made from: each ancestor, itself first and the nearest next, with its own parents.
@@ -264,13 +325,3 @@ def _checked_tags(tags: Mapping[str, str]) -> dict[str, str]:
         if not (isinstance(key, str) and key and isinstance(value, str)):
             raise ConfigError(f"Tag {key!r} is {value!r}; expected text under a name that is not empty.")
     return dict(tags)
-
-
-def _parsed(text: str) -> tuple[str, str, float]:
-    parts = _CONDITION.fullmatch(text.strip())
-    try:
-        if parts is None:
-            raise ValueError(text)  # noqa: TRY301 # one message for both
-        return parts["metric"], parts["sign"], float(parts["value"])
-    except ValueError:
-        raise ConfigError(f"{text!r} is no condition; expected a metric, one of < <= = >= >, and a number, for example 'dev/loss < 0.5'.") from None

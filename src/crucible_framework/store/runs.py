@@ -1,4 +1,4 @@
-"""A run: one folder, one writer, append-only rows, and readers that need no lock.
+"""A run: one folder, one writer, append-only rows. Readers, which need no lock, are in `run_files`.
 
 `open_run` holds the folder's lock for a block and leaves a status behind however the block ends; a process that was killed leaves
 "running" without a lock, which readers show as "interrupted". What the rows and results mean is the trainer's business: this file does
@@ -10,61 +10,33 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-import math
 import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import orjson
 
 from .. import events, files
 from ..config import differing_keys, fingerprint, to_dict
-from ..errors import ConfigError, CorruptError, CrucibleError, NotFoundError, StoreError
-from ..records import Json, record
+from ..errors import ConfigError, CrucibleError, NotFoundError, StoreError
+from ..records import Json
+from ..sinks import event_file
 from .checkpoints import Checkpoints
 from .names import safe_name
+from .run_files import CONFIG, EVENTS, LABELS, LOCK, METRICS, RUN, SYSTEM, TIMINGS, Status, read_object
+from .system import SystemWatch
 
-__all__ = ["Run", "RunInfo", "Status", "list_runs", "open_run", "read_metrics", "read_run"]
-
-Status = Literal["running", "done", "failed", "stopped", "interrupted", "broken"]
-"""`interrupted`: its process died; `stopped`: it was asked to end and can be resumed; `broken`: its run.json cannot be read."""
+__all__ = ["Run", "open_run"]
 
 _log = logging.getLogger("crucible_framework")
-_RUN, _CONFIG, _METRICS, _TIMINGS, _EVENTS, _LOCK = "run.json", "config.json", "metrics.jsonl", "timings.jsonl", "events.jsonl", ".lock"
-_RESERVED = frozenset({_RUN, _CONFIG, _METRICS, _TIMINGS, _EVENTS})
+_RESERVED = frozenset({RUN, CONFIG, METRICS, TIMINGS, EVENTS, SYSTEM, LABELS})
 _current: contextvars.ContextVar[Run | None] = contextvars.ContextVar("crucible_open_run", default=None)
 _open: list[Run] = []
 _guard = threading.Lock()
-
-
-@record
-class RunInfo:
-    """What a run's files say of it.
-
-    Attributes:
-        steps: the highest step in its metrics, 0 before the first.
-        metrics: the last value of each metric.
-        created_at, finished_at: seconds since the epoch; None while it has not ended.
-        result: what the run was finished with.
-        error: why it failed, "" otherwise.
-    """
-
-    name: str
-    folder: Path
-    status: Status
-    created_at: float
-    base_model: str
-    steps: int
-    metrics: Mapping[str, float]
-    finished_at: float | None = None
-    fingerprint: str = ""
-    result: Mapping[str, Json] | None = None
-    environment: Mapping[str, Json] | None = None
-    error: str = ""
 
 
 class Run:
@@ -77,7 +49,9 @@ class Run:
         self._state = state
         self._rows = threading.RLock()
         self._stopped = self._closed = False
+        self._step = 0
         self._logs: dict[str, files.JsonLines] = {}
+        self._events = event_file(folder / EVENTS)
         self.checkpoints = Checkpoints(folder / "checkpoints", before_publish=self._sync)
 
     @property
@@ -104,6 +78,7 @@ class Run:
                 log.close()
             self._logs.clear()
             self._closed = True
+        self._events.close()
 
     def log_metrics(self, row: Mapping[str, Json]) -> None:
         """Adds a row to metrics.jsonl: only what the same settings give again, no times.
@@ -111,20 +86,25 @@ class Run:
         Raises:
             ConfigError: the row has no whole "step". StorageFullError: no room; the row is not there in part.
         """
-        self._append(_METRICS, _with_step(row))
+        self._append(METRICS, _with_step(row))
+        self._step = int(cast("int", row["step"]))
 
     def log_timing(self, row: Mapping[str, Json]) -> None:
         """Adds a row to timings.jsonl: seconds, rates and bytes of a step. Raises as `log_metrics`."""
-        self._append(_TIMINGS, _with_step(row))
+        self._append(TIMINGS, _with_step(row))
+
+    def log_system(self, row: Mapping[str, Json]) -> None:
+        """Adds a row to system.jsonl, under the step that was logged last: what the machine does meanwhile."""
+        self._append(SYSTEM, {"step": self._step, **row})
 
     def metrics(self) -> list[dict[str, Json]]:
         """All rows of metrics.jsonl."""
-        return files.read_lines(self.folder / _METRICS)
+        return files.read_lines(self.folder / METRICS)
 
     def rewind(self, step: int) -> None:
         """Forgets the rows of metrics and timings after a step, before training continues from that step's checkpoint."""
         with self._rows:
-            for name in (_METRICS, _TIMINGS):
+            for name in (METRICS, TIMINGS):
                 rows = files.read_lines(self.folder / name)
                 kept = [row for row in rows if not isinstance(at := row.get("step"), int) or at <= step]
                 if len(kept) != len(rows):
@@ -153,7 +133,7 @@ class Run:
 
     def _end(self, status: Status, error: str = "") -> None:
         self._state.update(status=status, error=error, finished_at=time.time())
-        files.write_json(self.folder / _RUN, self._state)
+        files.write_json(self.folder / RUN, self._state)
         events.emit("run.ended", status=status, path=str(self.folder), error=error)
 
     def _end_normally(self) -> None:
@@ -176,7 +156,7 @@ class Run:
         """Takes the run's own events; those of engine threads, which are in no run, only where no other run is open in this process."""
         owner = _current.get()
         if owner is self or (owner is None and len(_open) == 1):
-            self._append(_EVENTS, {**event, "run": self.name})
+            self._events({**event, "run": self.name})
 
 
 def _with_step(row: Mapping[str, Json]) -> Mapping[str, Json]:
@@ -207,12 +187,13 @@ def open_run(folder: Path, config: Mapping[str, Json], *, resume: bool = False, 
     plain = cast("dict[str, Json]", orjson.loads(orjson.dumps(to_dict(config))))
     with files.storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with files.lock(folder / _LOCK, "run folder", timeout_s=0.2):
+    with files.lock(folder / LOCK, "run folder", timeout_s=0.2):
         run = _enter(folder, plain, resume=resume, environment=environment or {})
         token = _current.set(run)
         with _guard:
             _open.append(run)
         end = events.subscribe(run._listen)
+        watch = SystemWatch(folder, run.log_system)
         try:
             with events.in_run(run.name):
                 events.emit("run.started", path=str(folder), resumed=run.resumed, fingerprint=run.fingerprint)
@@ -224,6 +205,7 @@ def open_run(folder: Path, config: Mapping[str, Json], *, resume: bool = False, 
             raise
         finally:
             end()
+            watch.close()
             with _guard:
                 _open.remove(run)
             with contextlib.suppress(ValueError):  # closed from another context (an abandoned generator)
@@ -235,15 +217,15 @@ def _enter(folder: Path, config: dict[str, Json], *, resume: bool, environment: 
     files.sweep(folder)
     Checkpoints(folder / "checkpoints").sweep()
     old: dict[str, Json] = {}
-    exists = any((folder / name).exists() for name in (_RUN, _METRICS)) or bool(Checkpoints(folder / "checkpoints").list())
+    exists = any((folder / name).exists() for name in (RUN, METRICS)) or bool(Checkpoints(folder / "checkpoints").list())
     if exists and not resume:
         raise ConfigError(f"{str(folder)!r} holds a run already; expected a new folder. Choose another one, or continue this run with resume (--resume).")
     if exists:
         _check_same(folder, config)
         with contextlib.suppress(NotFoundError):
-            old = _object(folder / _RUN)
+            old = read_object(folder / RUN)
     else:
-        files.write_json(folder / _CONFIG, config)
+        files.write_json(folder / CONFIG, config)
     now = time.time()
     state: dict[str, Json] = {
         "name": folder.name,
@@ -257,12 +239,12 @@ def _enter(folder: Path, config: dict[str, Json], *, resume: bool, environment: 
     }
     if exists:
         state["resumed_at"] = now
-    files.write_json(folder / _RUN, state)
+    files.write_json(folder / RUN, state)
     return Run(folder, state, resumed=exists)
 
 
 def _check_same(folder: Path, config: Mapping[str, Json]) -> None:
-    old = _object(folder / _CONFIG)
+    old = read_object(folder / CONFIG)
     keys = differing_keys(old, config)
     if not keys:
         return
@@ -280,90 +262,3 @@ def _at(tree: Mapping[str, Json], dotted: str) -> Json:
         if isinstance(inner, dict):
             return _at(inner, dotted[match.end() :])
     return None
-
-
-def _object(path: Path) -> dict[str, Json]:
-    value = files.read_json(path)
-    if not isinstance(value, dict):
-        raise CorruptError(f"{str(path)!r} holds {type(value).__name__}; expected a JSON object. Restore the file or choose another run.")
-    return value
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-def read_metrics(folder: Path) -> list[dict[str, Json]]:
-    """The rows of a run's metrics.jsonl; a torn last line is left out. Needs no lock.
-
-    Raises:
-        NotFoundError: the folder holds no run.
-        CorruptError: a line before the last is damaged (file:line).
-    """
-    folder = Path(folder)
-    if not (folder / _RUN).exists():
-        raise NotFoundError(f"{str(folder)!r} holds no run. Expected a folder with {_RUN!r} in it.")
-    return files.read_lines(folder / _METRICS)
-
-
-def read_run(folder: Path) -> RunInfo:
-    """What a run's files say of it now. Needs no lock.
-
-    Raises:
-        NotFoundError: the folder holds no run.
-        CorruptError: one of its files is damaged.
-    """
-    folder = Path(folder)
-    rows = read_metrics(folder)
-    state = _object(folder / _RUN)
-    config = _object(folder / _CONFIG)
-    status = str(state.get("status", ""))
-    if status not in get_args(Status):
-        raise CorruptError(f"{str(folder / _RUN)!r} has status {status!r}; expected one of {', '.join(get_args(Status))}.")
-    if status == "running" and not files.held(folder / _LOCK):
-        # the run may have ended between the two looks
-        status = str(_object(folder / _RUN).get("status"))
-        status = "interrupted" if status == "running" else status
-    last: dict[str, float] = {}
-    for row in rows:
-        last.update({k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)})
-    steps = int(max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0))  # type: ignore[type-var, arg-type] # checked just before
-    last.pop("step", None)
-    result, environment = state.get("result"), state.get("environment")
-    return RunInfo(
-        name=folder.name,
-        folder=folder,
-        status=cast("Status", status),
-        created_at=_seconds(state.get("created_at")) or 0.0,
-        finished_at=_seconds(state.get("finished_at")),
-        base_model=str(config.get("base_model", "")),
-        steps=steps,
-        metrics=last,
-        fingerprint=str(state.get("fingerprint", "")),
-        result=result if isinstance(result, dict) else None,
-        environment=environment if isinstance(environment, dict) else None,
-        error=str(state.get("error") or ""),
-    )
-
-
-def _seconds(value: Json) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def list_runs(root: Path) -> tuple[RunInfo, ...]:
-    """All runs directly under a folder, oldest first; one whose files are damaged has the status "broken" and says why in `error`."""
-    root = Path(root)
-    with files.storage_errors(root, "read"):
-        folders = sorted(p.parent for p in root.glob(f"*/{_RUN}") if not p.parent.name.startswith("."))
-    found: list[RunInfo] = []
-    for folder in folders:
-        try:
-            found.append(read_run(folder))
-        except NotFoundError:
-            if not (folder / _RUN).exists():
-                continue
-            found.append(_broken(folder, f"{str(folder / _CONFIG)!r} is missing."))
-        except CrucibleError as error:
-            found.append(_broken(folder, str(error)))
-    return tuple(sorted(found, key=lambda info: (info.created_at, info.name)))
-
-
-def _broken(folder: Path, why: str) -> RunInfo:
-    return RunInfo(name=folder.name, folder=folder, status="broken", created_at=0.0, base_model="", steps=0, metrics={}, error=why)

@@ -2,6 +2,7 @@
 
 <registry>/<name>/3/        the version's files, copied from the checkpoint and published with a manifest; never changed
 <registry>/<name>/3.json    what may change: its stage and tags (absent until one of them does)
+<registry>/<name>/aliases.json  which versions its aliases point at
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .index import Row
 __all__ = ["Stage", "State", "VersionFiles", "assembled", "copy_files", "counting_stage", "first_state", "source_files", "version_of"]
 
 Stage = Literal["none", "staging", "production", "archived"]
+_ALIASES = "aliases.json"
 _VERSION = re.compile(r"[1-9]\d{0,8}")
 
 
@@ -130,6 +132,30 @@ class VersionFiles:
         body = cast("dict[str, Json]", state._asdict())
         files.write_json(self._state_path(name, version), body | {"checksum": _sum(body)})
 
+    def aliases(self, name: str) -> dict[str, int]:
+        """The aliases of a model.
+
+        Raises:
+            CorruptError: their file is damaged.
+        """
+        path = self.folder / name / _ALIASES
+        try:
+            value = files.read_json(path)
+        except NotFoundError:
+            return {}
+        try:
+            body = dict(cast("dict[str, Json]", value))
+            if body.pop("checksum") != _sum(body):
+                raise ValueError("its checksum differs")  # noqa: TRY301 # one message for all that can be wrong
+            return {key: int(cast("int", version)) for key, version in cast("dict[str, Json]", body["aliases"]).items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptError(f"{str(path)!r} is damaged: {error}. Delete it and set the aliases of {name!r} again.") from error
+
+    def write_aliases(self, name: str, aliases: Mapping[str, int]) -> None:
+        """Replaces the aliases of a model."""
+        body: dict[str, Json] = {"aliases": dict(sorted(aliases.items()))}
+        files.write_json(self.folder / name / _ALIASES, body | {"checksum": _sum(body)})
+
     def archive_surplus(self, name: str) -> int | None:
         """Archives all but the last promoted version in production, which it returns; also what a crash between two writes left."""
         inside = sorted((state.serial, version) for version, state in self.states(name).items() if state.stage == "production")
@@ -172,6 +198,7 @@ def version_of(about: Mapping[str, Json], checkpoint: Checkpoint, stage: Stage, 
             parents=tuple(cast("list[str]", about["parents"])),
             created_at=float(cast("float", about["created_at"])),
             description=str(about["description"]),
+            directions=dict(cast("dict[str, str]", about.get("directions") or {})),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptError(f"{str(checkpoint.local_path)!r} is no model version of this Crucible: {error!r}. Register it anew.") from error

@@ -27,7 +27,7 @@ const log = document.getElementById("log");
 const filter = document.getElementById("event-filter");
 const hide = (row) => { row.hidden = !row.textContent.toLowerCase().includes(filter.value.toLowerCase()); };
 filter.addEventListener("input", () => { for (const row of log.rows) hide(row); });
-const KNOWN = new Set(["ts", "name", "run", "span", "parent", "trace", "kind", "seq"]);
+const KNOWN = new Set(["ts", "name", "run", "span", "parent", "trace", "kind", "seq", "crc"]);
 
 function addEvents(events) {
   for (const event of events) {

@@ -1,20 +1,21 @@
 """What happened and why, as a graph: spans inside spans, events in them, and decisions with their causes.
 
 Built from events (see `crucible_framework.events`); a span whose own event is missing (its process died) still holds its children. Views
-as Mermaid, HTML and PROV-JSON show the graph's true edges.
+as Mermaid and PROV-JSON show the graph's true edges; the HTML view is `crucible_framework.dashboard.render_trace`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from ..errors import ConfigError, NotFoundError
-from ..records import Json, record
-from ..reports.sources import as_list, as_number, as_text
-from .reading import Tail
+from .errors import ConfigError, NotFoundError
+from .records import Json, record
+from .sinks import read_events
 
 __all__ = ["Trace", "TraceDiff", "TraceNode", "diff_traces", "load_trace"]
 
@@ -46,22 +47,23 @@ class TraceNode:
     @property
     def title(self) -> str:
         """A decision's question with its answer, else the name."""
-        return f"{as_text(self.fields.get('what'))}: {as_text(self.fields.get('chose'))}" if self.kind == "decision" else self.name
+        return f"{_text(self.fields.get('what'))}: {_text(self.fields.get('chose'))}" if self.kind == "decision" else self.name
 
     @property
     def confidence(self) -> float | None:
         """How sure a decision was, where that was recorded."""
-        return as_number(self.fields.get("confidence"))
+        return _number(self.fields.get("confidence"))
 
 
 @record
 class Trace:
-    """The graph, in the order in which things began."""
+    """The graph, in the order in which things began. `problems` names each line of the file that was damaged and is not in it."""
 
     nodes: tuple[TraceNode, ...]
+    problems: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, events: Iterable[Mapping[str, Json]]) -> Trace:
+    def of(cls, events: Iterable[Mapping[str, Json]], problems: Sequence[str] = ()) -> Trace:
         """The graph of some events."""
         found: dict[str, TraceNode] = {}
         for index, event in enumerate(events):
@@ -72,7 +74,7 @@ class Trace:
                 found[node.parent] = TraceNode(
                     id=node.parent, kind="span", name="(unfinished)", parent="", causes=(), start_s=node.start_s, end_s=node.end_s, fields={}
                 )
-        return cls(nodes=tuple(sorted(found.values(), key=lambda n: (n.start_s, -n.end_s))))
+        return cls(nodes=tuple(sorted(found.values(), key=lambda n: (n.start_s, -n.end_s))), problems=tuple(problems))
 
     def __getitem__(self, identity: str) -> TraceNode:
         for node in self.nodes:
@@ -182,16 +184,24 @@ class Trace:
         return _prov(self)
 
 
+def _text(value: Json) -> str:
+    return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _number(value: Json) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
 def _node(event: Mapping[str, Json], index: int) -> TraceNode:
-    name, span = as_text(event.get("name")), as_text(event.get("span"))
-    end = as_number(event.get("ts")) or 0.0
-    duration = as_number(event.get("duration_s")) or 0.0
+    name, span = _text(event.get("name")), _text(event.get("span"))
+    end = _number(event.get("ts")) or 0.0
+    duration = _number(event.get("duration_s")) or 0.0
     fields = {key: value for key, value in event.items() if key not in _KNOWN}
-    causes = tuple(as_text(cause) for cause in as_list(event.get("causes")))
+    causes = tuple(map(_text, found)) if isinstance(found := event.get("causes"), list) else ()
     if event.get("kind") == "span":
-        return TraceNode(id=span, kind="span", name=name, parent=as_text(event.get("parent")), causes=causes, start_s=end - duration, end_s=end, fields=fields)
+        return TraceNode(id=span, kind="span", name=name, parent=_text(event.get("parent")), causes=causes, start_s=end - duration, end_s=end, fields=fields)
     kind: Kind = "decision" if name == "decision" else "event"
-    identity = as_text(event.get("id")) or f"e{index}"
+    identity = _text(event.get("id")) or f"e{index}"
     return TraceNode(id=identity, kind=kind, name=name, parent=span, causes=causes, start_s=end - duration, end_s=end, fields=fields)
 
 
@@ -205,10 +215,8 @@ def load_trace(path: str | Path) -> Trace:
     file = path / "events.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise NotFoundError(f"There are no events at {str(file)!r}. Expected a run folder, or a file that an event sink wrote.")
-    tail, rows = Tail(file), list[dict[str, Json]]()
-    while chunk := tail.read().rows:
-        rows += chunk
-    return Trace.of(rows)
+    log = read_events(file)
+    return Trace.of(log.events, log.problems)
 
 
 # ------------------------------------------------------------------------------------------------------------------ diff
@@ -233,7 +241,7 @@ def _paths(trace: Trace) -> dict[tuple[str, ...], TraceNode]:
     found: dict[tuple[str, ...], TraceNode] = {}
     counted: dict[tuple[str, ...], int] = {}
     for node in trace._parents_first():
-        label = f"decision {as_text(node.fields.get('what'))}" if node.kind == "decision" else node.name
+        label = f"decision {_text(node.fields.get('what'))}" if node.kind == "decision" else node.name
         place = (*places.get(node.parent, ()), label)
         counted[place] = counted.get(place, 0) + 1
         place = (*place[:-1], f"{label} #{counted[place]}")
@@ -276,15 +284,11 @@ def diff_traces(left: Trace, right: Trace, *, ignore: Sequence[str] = ()) -> Tra
 
 def _quoted(text: str, most: int = 60) -> str:
     """Text inside a Mermaid label: the signs that end or open something become entities."""
-    from ..reports.words import visible
-
-    short = visible(" ".join(text.split()))[:most]
+    short = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))[:most]
     return "".join(sign if sign.isalnum() or sign in " .,:;_-+/=()…" else f"#{ord(sign)};" for sign in short)
 
 
 def _time(seconds: float) -> str:
-    from datetime import UTC, datetime
-
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 

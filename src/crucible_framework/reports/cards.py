@@ -1,89 +1,60 @@
-"""A model version in words: its card as Markdown, and the graph of what it was made from.
+"""A model version's card as Markdown, and the estimates that its run has on file.
 
 Everything comes from the registry and from the run that it names; what is not on file is left out, nothing is guessed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
 from ..errors import CrucibleError
 from ..files import read_json
-from ..records import Estimate, ModelVersion, record
-from ..reports import words
-from ..reports.sources import as_table, as_text
+from ..records import Estimate, Json, ModelVersion
 from ..store import Models
-from .views import estimates_of
+from ..store.lineage import run_of
+from . import words
+from .sources import as_list, as_number, as_table, as_text
 
-__all__ = ["Ancestor", "ancestry", "model_card", "run_of"]
-
-
-@record
-class Ancestor:
-    """A node of the lineage graph. `made_from` are ids of other nodes; `run` names a run of the workspace, "" where it is none."""
-
-    id: str
-    title: str
-    kind: str
-    made_from: tuple[str, ...]
-    run: str = ""
+__all__ = ["estimates_of", "model_card"]
 
 
-def run_of(uri: str, root: Path) -> str:
-    """The run of the workspace that a checkpoint's URI points into, "" where it points elsewhere."""
-    path = Path(unquote(uri.removeprefix("file:")))
-    try:
-        parts = path.resolve().relative_to(root.resolve()).parts
-    except (ValueError, OSError):
-        return ""
-    return parts[0] if len(parts) >= 3 and parts[1] == "checkpoints" and (root / parts[0] / "run.json").is_file() else ""
+def estimates_of(folder: Path) -> tuple[tuple[str, str, Estimate], ...]:
+    """(evaluation's label, data set's sha256, estimate) of every finished evaluation of a run, the adapter's first; damaged ones are left out."""
+    found: list[tuple[str, str, Estimate]] = []
+    parent = folder / "eval"
+    names = sorted((p.name for p in parent.iterdir() if p.is_dir()), key=lambda n: (n != "adapter", n)) if parent.is_dir() else []
+    for name in names:
+        try:
+            body = as_table(read_json(parent / name / "evaluation.json"))
+        except CrucibleError:
+            continue
+        data = as_text(as_table(body.get("card")).get("sha256"))
+        found += [(as_text(body.get("label")) or name, data, one) for one in map(_estimate, as_list(body.get("estimates"))) if one is not None]
+    return tuple(found)
+
+
+def _estimate(value: Json) -> Estimate | None:
+    table = as_table(value)
+    number, low, high = (as_number(table.get(key)) for key in ("value", "low", "high"))
+    if number is None:
+        return None
+    return Estimate(
+        name=as_text(table.get("name")),
+        value=number,
+        low=math.nan if low is None else low,
+        high=math.nan if high is None else high,
+        n=int(as_number(table.get("n")) or 0),
+        level=as_number(table.get("level")) or 0.95,
+        method=as_text(table.get("method")),
+    )
 
 
 def _short(text: str) -> str:
     """A file's URI by the end of its path: no folder of this machine goes into a card."""
     return "/".join(Path(unquote(text.removeprefix("file:"))).parts[-3:]) if text.startswith("file:") else text
-
-
-def ancestry(models: Models, reference: str, root: Path) -> tuple[Ancestor, ...]:
-    """What a version was made from, itself first: versions, checkpoints, their runs, base models and data sets.
-
-    Raises:
-        NotFoundError: there is no such version.
-    """
-    graph = models.lineage(reference)
-    found: dict[str, Ancestor] = {}
-    known = {f"{one.name}:{one.version}": one for one in models.list()}
-    for node, parents in graph.items():
-        run = run_of(node, root) if node.startswith("file:") else ""
-        if node in known:
-            found[node] = Ancestor(id=node, title=node, kind="model", made_from=parents or (f"base {known[node].checkpoint.base_model}",))
-            if not parents:
-                base = found[node].made_from[0]
-                found[base] = Ancestor(id=base, title=base.removeprefix("base "), kind="base model", made_from=())
-        else:
-            found[node] = Ancestor(id=node, title=node.rpartition("/")[2], kind="checkpoint", made_from=(f"run {run}",) if run else (), run=run)
-        if run:
-            found |= {one.id: one for one in _run_nodes(run, root)}
-    return tuple(found.values())
-
-
-def _run_nodes(run: str, root: Path) -> tuple[Ancestor, ...]:
-    base, data = "", ""
-    try:
-        base = as_text(as_table(read_json(root / run / "config.json")).get("base_model"))
-        card = as_table(as_table(read_json(root / run / "data.json")).get("train"))
-        data = f"{as_text(card.get('name'))} {as_text(card.get('split'))} {as_text(card.get('sha256'))[:8]}".strip()
-    except CrucibleError:
-        pass
-    made_from = tuple(f"{kind} {name}" for kind, name in (("base", base), ("data", data)) if name)
-    nodes = [Ancestor(id=f"run {run}", title=run, kind="run", made_from=made_from, run=run)]
-    if base:
-        nodes.append(Ancestor(id=f"base {base}", title=base, kind="base model", made_from=()))
-    if data:
-        nodes.append(Ancestor(id=f"data {data}", title=data, kind="data set", made_from=()))
-    return tuple(nodes)
 
 
 _SPECIAL = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_{}[]<>#|!~"})
