@@ -18,8 +18,8 @@ from crucible_framework.backends import connect
 from crucible_framework.server import ServeConfig, serve
 
 torch.set_num_threads(1)
-name, folder, port = sys.argv[1:]
-config = ServeConfig(folder=Path(folder), port=int(port), poll_s=5.0, models=("tiny",))
+name, folder, port, durable = sys.argv[1:]
+config = ServeConfig(folder=Path(folder), port=int(port), poll_s=5.0, models=("tiny",), durable=durable)
 with connect(name) as backend, serve(backend, config, background=False) as server:
     print(server.url, flush=True)
     server.run()
@@ -29,8 +29,8 @@ with connect(name) as backend, serve(backend, config, background=False) as serve
 class ServerProcess:
     """Its address, and how to kill it."""
 
-    def __init__(self, backend: str, folder: Path, port: int = 0) -> None:
-        command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, backend, str(folder), str(port)]
+    def __init__(self, backend: str, folder: Path, port: int = 0, durable: str = "checkpoint") -> None:
+        command = [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, backend, str(folder), str(port), durable]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         assert self._process.stdout is not None
         self.url = self._process.stdout.readline().strip()

@@ -247,8 +247,8 @@ def test_prometheus() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [{"places": 0}, {"poll_s": 0.0}, {"port": 70000}])
-def test_settings_are_checked(change: dict[str, float]) -> None:
+@pytest.mark.parametrize("change", [{"places": 0}, {"durable": "never"}, {"poll_s": 0.0}, {"port": 70000}])
+def test_settings_are_checked(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         replace(ServeConfig(), **change)  # type: ignore[arg-type]
 

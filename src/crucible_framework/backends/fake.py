@@ -384,6 +384,10 @@ class FakeBackend:
             write_atomic(to / name, blob)
         return replace(checkpoint, local_path=to, size_bytes=sum(map(len, blobs.values())))
 
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Frees what memory holds of a checkpoint."""
+        self.saved.pop(checkpoint.uri, None)
+
     def close(self) -> None:
         """Finishes what was submitted; later requests raise SessionClosedError."""
         self._closed = True

@@ -16,6 +16,7 @@ from .keys import Keys
 from .metrics import prometheus
 from .openai_api import OpenAiApi
 from .rest_api import RestApi
+from .revival import revive
 from .tinker_api import TinkerApi
 
 __all__ = ["make_app"]
@@ -42,6 +43,7 @@ def make_app(desk: Desk, keys: Keys, ready: Callable[[], None] = lambda: None) -
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await revive(desk)
         desk.spawn(desk.watch())
         ready()
         yield

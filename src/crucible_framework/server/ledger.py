@@ -58,7 +58,7 @@ def failure(error: BaseException) -> Answer:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A request: whose it is, of which group (a session), and its answer once it is there."""
+    """A request: whose it is, of which group (a session), and its answer once it is there. `written` is done when it is in a journal."""
 
     id: str
     owner: str
@@ -68,6 +68,8 @@ class Entry:
     answer: asyncio.Future[Answer] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     task: asyncio.Task[None] | None = None
     started: float = field(default_factory=time.monotonic)
+    size_bytes: int = 0
+    written: asyncio.Future[None] | None = None
 
     def resolve(self, answer: Answer) -> None:
         """Sets the answer, where there is none yet."""
@@ -87,13 +89,16 @@ class Ledger:
     Args:
         keep_bytes: answers that were retrieved are kept up to this many bytes, so that a lost response can be asked again.
         waiting: unanswered requests that one owner may have.
+        waiting_bytes: their bodies together.
     """
 
-    def __init__(self, keep_bytes: int, waiting: int) -> None:
+    def __init__(self, keep_bytes: int, waiting: int, waiting_bytes: int = 2**30) -> None:
         self._entries: dict[str, Entry] = {}
         self._retrieved: OrderedDict[str, int] = OrderedDict()
         self._kept, self._keep_bytes, self._most = 0, keep_bytes, waiting
         self._waiting: dict[str, int] = {}
+        self._bytes: dict[str, int] = {}
+        self._most_bytes = waiting_bytes
 
     def find(self, request: str, owner: str) -> Entry:
         """The request.
@@ -111,29 +116,39 @@ class Ledger:
         entry = self._entries.get(request)
         return entry if entry is not None and entry.owner == owner else None
 
-    def check_room(self, owner: str) -> None:
-        """Raises BusyError where the owner has too many unanswered requests."""
+    def _check_room(self, owner: str, size_bytes: int) -> None:
         if self._waiting.get(owner, 0) >= self._most:
             raise BusyError(f"{self._waiting[owner]} of your requests wait already; the limit is {self._most}. Try again when some are answered.")
+        if (held := self._bytes.get(owner, 0)) and held + size_bytes > self._most_bytes:
+            raise BusyError(f"Your waiting requests hold {held} bytes already; the limit is {self._most_bytes}. Try again when some are answered.")
 
-    def add(self, request: str, owner: str, group: str, kind: str, model: str | None = None) -> Entry:
+    def add(self, request: str, owner: str, group: str, kind: str, model: str | None = None, *, size_bytes: int = 0) -> Entry:
         """A new request.
 
         Raises:
-            BusyError: the owner has too many unanswered ones.
+            BusyError: the owner has too many unanswered ones, or too large ones.
         """
-        self.check_room(owner)
-        entry = Entry(request, owner, group, kind, model)
+        self._check_room(owner, size_bytes)
+        entry = Entry(request, owner, group, kind, model, size_bytes=size_bytes)
         self._entries[request] = entry
         self._waiting[owner] = self._waiting.get(owner, 0) + 1
+        self._bytes[owner] = self._bytes.get(owner, 0) + size_bytes
 
         def answered(_: object) -> None:
             self._waiting[owner] -= 1
+            self._bytes[owner] -= size_bytes
             if not self._waiting[owner]:
-                del self._waiting[owner]
+                del self._waiting[owner], self._bytes[owner]
 
         entry.answer.add_done_callback(answered)
         return entry
+
+    def restore(self, request: str, owner: str, group: str, *, kind: str, answer: Answer, model: str) -> None:
+        """A request that was answered before a kill; it may have been collected."""
+        entry = Entry(request, owner, group, kind, model)
+        entry.resolve(answer)
+        self._entries[request] = entry
+        self.retrieved(entry)
 
     def retrieved(self, entry: Entry) -> None:
         """Its answer was sent; the oldest such are dropped when they take too much room."""
@@ -166,6 +181,11 @@ class Ledger:
     def waiting(self) -> dict[str, int]:
         """Unanswered requests per owner."""
         return dict(self._waiting)
+
+    @property
+    def waiting_bytes(self) -> dict[str, int]:
+        """The bodies of unanswered requests per owner."""
+        return dict(self._bytes)
 
 
 class Gate:

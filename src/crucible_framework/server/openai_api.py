@@ -147,10 +147,10 @@ class OpenAiApi:
             except CrucibleError as error:
                 errors.append(error)
                 raise
-            self._desk.count("tokens_total:sampled", sum(len(one.tokens) for one in found[0]))
+            self._desk.count("tokens_total:sampled", tenant, sum(len(one.tokens) for one in found[0]))
             return Answer(b"", JSON)
 
-        entry = self._desk.once(tenant, "openai", ask)
+        entry = self._desk.turns.once(tenant, "openai", ask)
         try:
             answer = await entry.answer
         except asyncio.CancelledError:

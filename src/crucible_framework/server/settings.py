@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
+from typing import Literal
 
 from ..errors import ConfigError
 from ..records import record
@@ -25,7 +26,10 @@ class ServeConfig:
         tokenizers: a tokenizer folder per name, where clients shall load another than the model's own.
         body_bytes: a request's body at the most, after decompression.
         answers_bytes: collected results that are kept for clients that lost the response.
-        waiting: unanswered requests per key.
+        waiting, waiting_bytes: unanswered requests per key, and their bodies together.
+        samplers: samplers without a name that a session keeps; the one that was not used for longest goes first.
+        durable: what survives a kill of the server beside checkpoints: "checkpoint", nothing, so that clients go on from their last one; "step",
+            live sessions too, every acknowledged request and step. That writes the adapter with its optimizer to disk at each step.
         places: requests at the backend at once; keys take turns for them.
         max_tokens: per sample at the most, and where a client names no limit.
         poll_s: how long a request for a result that is not there is held.
@@ -42,19 +46,24 @@ class ServeConfig:
     body_bytes: int = 64 * 2**20
     answers_bytes: int = 256 * 2**20
     waiting: int = 4096
+    waiting_bytes: int = 2**30
+    samplers: int = 32
+    durable: Literal["checkpoint", "step"] = "checkpoint"
     places: int = 256
     max_tokens: int = 4096
     poll_s: float = 25.0
     session_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "answers_bytes", "waiting", "places", "max_tokens"):
+        for name in ("body_bytes", "answers_bytes", "waiting", "waiting_bytes", "samplers", "places", "max_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"ServeConfig.{name} is {value!r}; expected a whole number of at least 1.")
         for name in ("poll_s", "session_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"ServeConfig.{name} is {getattr(self, name)!r}; expected a positive number of seconds.")
+        if self.durable not in ("checkpoint", "step"):
+            raise ConfigError(f"ServeConfig.durable is {self.durable!r}; expected 'checkpoint' or 'step'.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"ServeConfig.port is {self.port!r}; expected 0 to 65535.")
 

@@ -44,6 +44,7 @@ class Run:
     last_request_at: float
     corrupted: bool = False
     user_metadata: Mapping[str, str] | None = None
+    project: str = ""
 
 
 @record
@@ -154,26 +155,33 @@ class Shelf:
             raise DataError(f"A checkpoint cannot be called {name[:140]!r}; expected up to 128 letters, digits and _ . = @ + -, no dot first.")
         return self._run_folder(run) / kind / name
 
-    def check_free(self, run: str, kind: Kind, name: str, *, overwrite: bool = False) -> None:
-        """Raises DataError where the name cannot be used or, without `overwrite`, is taken."""
-        if self._folder(run, kind, name).exists() and not overwrite:
+    def check_free(self, run: str, kind: Kind, name: str, *, overwrite: bool = False, request: str = "") -> None:
+        """Raises DataError where the name cannot be used or, without `overwrite`, is taken by another request than this one."""
+        folder = self._folder(run, kind, name)
+        if folder.exists() and not overwrite and not (request and read_manifest(folder).meta.get("request") == request):
             raise DataError(f"{tinker_path(run, kind, name)!r} exists already. Choose another name, or overwrite it.")
 
     def put(
         self, run: Run, kind: Kind, name: str, write: Callable[[Path], object], *, model: str, step: int,
-        ttl_s: float | None = None, user_metadata: Mapping[str, str] | None = None, overwrite: bool = False,
+        ttl_s: float | None = None, user_metadata: Mapping[str, str] | None = None, overwrite: bool = False, request: str = "",
     ) -> Stored:  # fmt: skip
-        """Publishes what `write` puts into a folder.
+        """Publishes what `write` puts into a folder. The same `request` may do so again: it was not told that it had done so before a kill.
 
         Raises:
             DataError: the name cannot be used, or is taken.
             StorageFullError, StoreError: the disk; nothing is left behind.
         """
-        self.check_free(run.id, kind, name, overwrite=overwrite)
+        self.check_free(run.id, kind, name, overwrite=overwrite, request=request)
         folder = self._folder(run.id, kind, name)
         if folder.exists():
             self.delete(run.id, kind, name)
-        meta: dict[str, Json] = {"model": model, "step": step, "created_at": self._now(), "user_metadata": dict(user_metadata) if user_metadata else None}
+        meta: dict[str, Json] = {
+            "model": model,
+            "step": step,
+            "created_at": self._now(),
+            "user_metadata": dict(user_metadata) if user_metadata else None,
+            "request": request,
+        }
         publish(folder, write, meta)
         self._settle(run.id, kind, name, public=False, expires_at=None if ttl_s is None else self._now() + ttl_s)
         return self.get(run.id, kind, name)

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import ConfigError, DataError, FormatError
-from .desk import Desk, Model, SamplerCard, json_answer
+from .desk import Desk, SamplerCard
 from .hosts import is_loopback
 from .http import Endpoint, body_of, json_response, parsed
 from .ledger import PROTO, Answer, Entry
-from .passes import adam_config, start_pass
 from .sampling import sample
-from .shelf import Kind, Stored
+from .steps import KINDS, model_for
 
 if TYPE_CHECKING:
     from tinker import types
 
 __all__ = ["TinkerApi"]
 
-STEPS = "optimizer_steps"
-"""Not "step": clients write these metrics into rows of their own, which have a "step" that counts otherwise."""
+LARGE = 2**16
+"""Bodies of more bytes are read in a thread."""
 
 
 class TinkerApi:
@@ -47,14 +45,8 @@ class TinkerApi:
             "client/dynamic_config": self.dynamic_config,
             "create_session": self.create_session,
             "session_heartbeat": self.heartbeat,
-            "create_model": self.create_model,
             "get_info": self.get_info,
-            "forward_backward": self.forward_backward,
-            "optim_step": self.optim_step,
-            "save_weights": partial(self.save, kind="weights"),
-            "save_weights_for_sampler": self.save_for_sampler,
-            "save_weights_external": partial(self.save, kind="external_weights"),
-            "load_weights": self.load_weights,
+            **{name: partial(self._train, name=name) for name in KINDS},
             "create_sampling_session": self.create_sampling_session,
             "join_sampling_session": self.join_sampling_session,
             "asample": self.asample,
@@ -113,18 +105,18 @@ class TinkerApi:
         return json_response({"status": "accepted"})
 
     # -------------------------------------------------------------------------------------------------------- training
-    async def create_model(self, request: Request, tenant: str) -> Response:
-        """A fresh adapter."""
-        from tinker import types
-
-        asked = parsed(types.CreateModelRequest, await self._body(request))
-        return _future(self._desk.create(self._desk.session(asked.session_id, tenant), asked))
-
-    async def load_weights(self, request: Request, tenant: str) -> Response:
-        """A checkpoint into a model, or into a new one."""
-        from tinker import types
-
-        return _future(self._desk.load(tenant, parsed(types.LoadWeightsRequest, await self._body(request))))
+    async def _train(self, request: Request, tenant: str, *, name: str) -> Response:
+        """A request to a model, which runs in its turn; the first one makes the model."""
+        raw, kind = await self._body(request), KINDS[name]
+        asked = await asyncio.to_thread(kind.parse, raw) if len(raw) > LARGE else kind.parse(raw)
+        new = getattr(asked, "session_id", None) is not None
+        if new:
+            model, seq = model_for(self._desk, self._desk.session(asked.session_id, tenant), asked), 0
+        elif not asked.model_id:
+            raise DataError(f"{name} names no model; expected model_id and seq_id, or session_id and model_seq_id.")
+        else:
+            model, seq = self._desk.model(asked.model_id, tenant), _seq(asked.seq_id)
+        return _future(await self._desk.turns.submit(model, seq, name, kind.begin(self._desk, model, asked), raw))
 
     async def get_info(self, request: Request, tenant: str) -> Response:
         """What a model is."""
@@ -137,123 +129,6 @@ class TinkerApi:
         fields: dict[str, object] = {"type": "get_info", "model_id": run.id, "model_name": run.base_model, "is_lora": True, "lora_rank": run.lora.rank}
         return json_response(fields | {"model_data": data, "optimizer_config": {"type": "adamw"}})
 
-    async def forward_backward(self, request: Request, tenant: str) -> Response:
-        """A pass, in protobuf."""
-        from google.protobuf.message import DecodeError
-        from tinker.proto import tinker_public_pb2 as pb
-
-        raw = await self._body(request)
-        message = pb.ForwardBackwardRequest()
-        try:
-            await asyncio.to_thread(message.ParseFromString, raw)
-        except DecodeError as error:
-            raise FormatError(f"The body is no ForwardBackwardRequest in protobuf: {error}. SDK 0.38.0 sends one.") from error
-        model = self._desk.model(message.model_id, tenant)
-
-        async def begin() -> Awaitable[Answer]:
-            return _proto(await start_pass(model.live, message))
-
-        self._desk.count("tokens_total:trained", sum(len(chunk.encoded_text.tokens) // 4 for datum in message.data for chunk in datum.model_input))
-        return _future(self._desk.submit(model, message.seq_id, "forward" if message.forward_only else "forward_backward", begin))
-
-    async def optim_step(self, request: Request, tenant: str) -> Response:
-        """One step of the optimizer."""
-        from tinker import types
-
-        asked = parsed(types.OptimStepRequest, await self._body(request))
-        model = self._desk.model(asked.model_id, tenant)
-
-        async def begin() -> Awaitable[Answer]:
-            given = asked.optim_params
-            if not isinstance(given, types.AdamParams):
-                raise ConfigError("optim_step asks for another optimizer than AdamW, which is the only one here. Use types.AdamParams.")
-            fields = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "grad_clip_norm")
-            future = model.live.optim_step(adam_config(**{name: getattr(given, name) for name in fields}))
-
-            async def finish() -> Answer:
-                made = await asyncio.wrap_future(future)
-                self._desk.count("steps_total")
-                return json_answer(type="optim_step", metrics={"grad_norm": made.grad_norm, STEPS: float(made.step), **made.metrics})
-
-            return finish()
-
-        return _future(self._desk.submit(model, _seq(asked.seq_id), "optim_step", begin))
-
-    # ----------------------------------------------------------------------------------------------------- checkpoints
-    def _saving(
-        self, model: Model, kind: Kind, name: str, *, ttl_s: float | None, metadata: dict[str, str] | None, overwrite: bool
-    ) -> Callable[[], Awaitable[Awaitable[Stored]]]:
-        async def begin() -> Awaitable[Stored]:
-            await asyncio.to_thread(self._desk.shelf.check_free, model.run.id, kind, name, overwrite=overwrite)
-            if ttl_s is not None and ttl_s <= 0:
-                raise DataError(f"ttl_seconds is {ttl_s}; expected a positive number of seconds, or none.")
-            future = model.live.save(name, "state" if kind == "weights" else "sampler")
-
-            async def finish() -> Stored:
-                made = await asyncio.wrap_future(future)
-                self._desk.count("checkpoints_total")
-                return await asyncio.to_thread(self._desk.keeper.put, model.run, kind, name, made, ttl_s=ttl_s, user_metadata=metadata, overwrite=overwrite)
-
-            return finish()
-
-        return begin
-
-    async def save(self, request: Request, tenant: str, *, kind: Kind) -> Response:
-        """A checkpoint to train on from, or the adapter's files."""
-        from tinker import types
-
-        raw = await self._body(request)
-        asked = parsed(types.SaveWeightsRequest, raw) if kind == "weights" else parsed(types.SaveWeightsExternalRequest, raw)
-        model, seq = self._desk.model(asked.model_id, tenant), _seq(asked.seq_id)
-        name = asked.path or f"checkpoint-{seq:06}"
-        if getattr(asked, "age_encryption_recipients", None):
-            raise ConfigError("age_encryption_recipients is given; this server writes files as they are. Leave it out.")
-        saving = self._saving(
-            model, kind, name, ttl_s=asked.ttl_seconds, metadata=getattr(asked, "user_metadata", None), overwrite=bool(getattr(asked, "overwrite", False))
-        )
-
-        async def begin() -> Awaitable[Answer]:
-            work = await saving()
-
-            async def finish() -> Answer:
-                stored = await work
-                return json_answer(type="save_weights" if kind == "weights" else "save_weights_external", path=stored.path, size_bytes=stored.size_bytes)
-
-            return finish()
-
-        return _future(self._desk.submit(model, seq, f"save_{kind}", begin))
-
-    async def save_for_sampler(self, request: Request, tenant: str) -> Response:
-        """Weights to sample from: a checkpoint with a name, or a sampler that lives as long as its session."""
-        from tinker import types
-
-        asked = parsed(types.SaveWeightsForSamplerRequest, await self._body(request))
-        model, seq = self._desk.model(asked.model_id, tenant), _seq(asked.seq_id)
-        number = asked.sampling_session_seq_id
-        saving = None
-        if asked.path is not None:
-            saving = self._saving(model, "sampler_weights", asked.path, ttl_s=asked.ttl_seconds, metadata=asked.user_metadata, overwrite=False)
-        elif number is None:
-            raise DataError("save_weights_for_sampler has neither path nor sampling_session_seq_id; expected one of them.")
-
-        async def begin() -> Awaitable[Answer]:
-            work = await saving() if saving is not None else None
-            card: SamplerCard | None = None
-            if number is not None:
-                sampler = model.live.sampler()
-                card = self._desk.add_sampler(model.session, number, lambda name: SamplerCard(name, sampler, model.run.base_model, model.model))
-
-            async def finish() -> Answer:
-                fields: dict[str, object] = {} if work is None else {"path": (await work).path}
-                if card is not None:
-                    card.path = cast("str | None", fields.get("path"))
-                    fields["sampling_session_id"] = card.id
-                return json_answer(type="save_weights_for_sampler", **fields)
-
-            return finish()
-
-        return _future(self._desk.submit(model, seq, "save_weights_for_sampler", begin))
-
     # -------------------------------------------------------------------------------------------------------- sampling
     async def create_sampling_session(self, request: Request, tenant: str) -> Response:
         """A sampler of a base model or a checkpoint."""
@@ -265,6 +140,7 @@ class TinkerApi:
         if name not in session.samplers:
             sampler, base, model = await self._desk.open_sampler(tenant, base_model=asked.base_model, path=asked.model_path)
             self._desk.add_sampler(session, asked.sampling_session_seq_id, lambda name: SamplerCard(name, sampler, base, model, asked.model_path))
+            await asyncio.to_thread(self._desk.note_sampler, session, asked.sampling_session_seq_id, base_model=asked.base_model, path=asked.model_path)
         return json_response({"type": "create_sampling_session", "sampling_session_id": name})
 
     async def join_sampling_session(self, request: Request, tenant: str) -> Response:
@@ -285,19 +161,20 @@ class TinkerApi:
         """Samples of a prompt."""
         from tinker import types
 
-        asked: types.SampleRequest = parsed(types.SampleRequest, await self._body(request))
+        raw = await self._body(request)
+        asked: types.SampleRequest = parsed(types.SampleRequest, raw)
         if asked.seq_id is None or asked.sampling_session_id is None:
             raise DataError("asample needs sampling_session_id and seq_id; got none. SDK 0.38.0 sends both.")
         card = self._desk.sampler(asked.sampling_session_id, tenant)
         if not 1 <= asked.num_samples <= 1024:
             raise DataError(f"num_samples is {asked.num_samples}; expected 1 to 1024.")
-        entry = self._desk.submit_sample(card, tenant, asked.seq_id, partial(self._sampled, card, asked))
+        entry = self._desk.submit_sample(card, tenant, asked.seq_id, partial(self._sampled, card, asked, tenant), len(raw))
         ids = [f"{entry.id}:{place}" for place in range(asked.num_samples)]
         return json_response({"request_id": entry.id, "sample_sequence_ids": ids})
 
-    async def _sampled(self, card: SamplerCard, asked: types.SampleRequest) -> Answer:
+    async def _sampled(self, card: SamplerCard, asked: types.SampleRequest, tenant: str) -> Answer:
         body, drawn = await sample(self._desk.backend, card, asked, longest=self._desk.config.max_tokens)
-        self._desk.count("tokens_total:sampled", drawn)
+        self._desk.count("tokens_total:sampled", tenant, drawn)
         return Answer(body, PROTO)
 
     # --------------------------------------------------------------------------------------------------------- results
@@ -346,7 +223,3 @@ def _seq(seq: int | None) -> int:
 
 def _future(entry: Entry) -> Response:
     return json_response({"request_id": entry.id} | ({"model_id": entry.model} if entry.model else {}))
-
-
-async def _proto(work: Awaitable[bytes]) -> Answer:
-    return Answer(await work, PROTO)

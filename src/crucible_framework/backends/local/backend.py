@@ -205,6 +205,11 @@ class LocalBackend:
         events.emit("checkpoint.saved", checkpoint=checkpoint.name, step=checkpoint.step, kind=checkpoint.kind, size_bytes=size)
         return replace(checkpoint, uri=uri, size_bytes=size, created_at=time.time())
 
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Frees what memory holds of a checkpoint that was downloaded, or that nobody needs."""
+        with self._lock:
+            self._saved.pop(checkpoint.uri, None)
+
     def sampler_of(self, model: str, frozen: Future[Frozen]) -> LocalSampler:
         """A sampler of weights that an earlier request gives."""
         return LocalSampler(self._queue, model, frozen)
