@@ -106,7 +106,12 @@ def test_expired_checkpoints_are_gone(raw: Raw) -> None:
     assert raw.http.delete(f"/api/v1/training_runs/{model}/checkpoints/nothing/short").status_code == 404
     assert raw.get("training_runs/..%2F..").status_code == 404
     assert raw.post("sessions/search", {}).json()["sessions"][0]["checkpoints_count"] == 0
-    assert raw.get(f"sessions/{model.partition(':')[0]}/trace_export").json()["status"] == "failed"
+    ready = raw.get(f"sessions/{model.partition(':')[0]}/trace_export").json()
+    assert ready["status"] == "ready"
+    names = [row["name"] for row in httpx.get(ready["url"]).json()["traceEvents"]]
+    assert names == ["create_model", "save_weights"]
+    assert httpx.get(ready["url"][:-1]).status_code == 403
+    assert raw.get("sessions/s-none/trace_export").status_code == 404
 
 
 def command(url: str, folder: Path, *words: str) -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from importlib import metadata
 
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from .account_api import AccountApi
+from .badges import Badges
 from .desk import Desk
 from .http import Door, Endpoint, json_response
 from .keys import Keys
 from .metrics import prometheus
 from .openai_api import OpenAiApi
+from .openapi import document
 from .rest_api import RestApi
 from .revival import revive
 from .tinker_api import TinkerApi
@@ -36,7 +40,8 @@ def make_app(desk: Desk, keys: Keys, ready: Callable[[], None] = lambda: None) -
         keys: who may ask.
         ready: called when requests can be served.
     """
-    door, tinker, rest = Door(keys), TinkerApi(desk), RestApi(desk)
+    badges = Badges(keys.path.with_name("badges.key"))
+    door, tinker, rest, account = Door(keys, badges), TinkerApi(desk), RestApi(desk), AccountApi(desk, keys, badges)
 
     def route(path: str, endpoint: Endpoint, method: str = "GET") -> Route:
         return Route(V1 + path, door.guard(endpoint), methods=[method])
@@ -53,17 +58,21 @@ def make_app(desk: Desk, keys: Keys, ready: Callable[[], None] = lambda: None) -
         del request, tenant
         return Response(prometheus(desk.gauges()), media_type="text/plain; version=0.0.4")
 
+    async def described(request: Request, tenant: str) -> Response:
+        del request, tenant
+        return json_response(document(routes, "Crucible", metadata.version("crucible-framework")))
+
     openai = OpenAiApi(desk)
-    return Starlette(
-        lifespan=lifespan,
-        routes=[
-            Route(V1 + "/healthz", _health),
-            *(route(f"/{path}", endpoint, "POST") for path, endpoint in tinker.routes.items()),
-            Route(V1 + "/files/{run}/{name}/{file}", rest.file),
-            route("/sessions/{session}/finish", tinker.finish_session, "POST"),
-            route("/samplers/{sampler}", tinker.get_sampler),
-            *(route(path, endpoint, method) for method, path, endpoint in rest.routes),
-            *(Route(path, door.guard(endpoint), methods=[method]) for method, path, endpoint in openai.routes),
-            Route("/metrics", door.guard(metrics)),
-        ],
-    )
+    routes = [
+        Route(V1 + "/healthz", _health),
+        *(route(f"/{path}", endpoint, "POST") for path, endpoint in tinker.routes.items()),
+        Route(V1 + "/files/{run}/{name}/{file}", rest.file),
+        Route(V1 + "/traces/{session}", rest.trace_file),
+        route("/sessions/{session}/finish", tinker.finish_session, "POST"),
+        route("/samplers/{sampler}", tinker.get_sampler),
+        *(route(path, endpoint, method) for method, path, endpoint in (*rest.routes, *account.routes)),
+        *(Route(path, door.guard(endpoint), methods=[method]) for method, path, endpoint in openai.routes),
+        Route("/metrics", door.guard(metrics)),
+        Route("/openapi.json", door.guard(described)),
+    ]
+    return Starlette(lifespan=lifespan, routes=routes)

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
@@ -23,13 +24,18 @@ from ..protocols import Backend, Sampler
 from ..records import Json, LoraConfig
 from .journal import Journal
 from .keeping import Keeper
-from .ledger import Answer, Entry, Gate, GoneError, Ledger
+from .ledger import Answer, Entry, Finished, Gate, GoneError, Ledger
 from .settings import ServeConfig
 from .shelf import Run, Shelf, Stored
 from .tally import Tally
 from .turns import Model, Turns
+from .usage import Usage, What
 
 __all__ = ["Desk", "SamplerCard", "Session", "json_answer"]
+
+
+CLONE = 10**9
+"""A clone of a sampler numbers its requests from its own number times this."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +66,7 @@ class SamplerCard:
     path: str | None = None
     clones: int = 0
     own: bool = False
+    finished: Finished = field(default_factory=Finished)
 
 
 def json_answer(**fields: object) -> Answer:
@@ -81,7 +88,7 @@ class Desk:
         self.ledger = Ledger(config.answers_bytes, config.waiting, config.waiting_bytes)
         self.gate = Gate(config.places)
         self.keeper = Keeper(backend, shelf)
-        self.tally = Tally()
+        self.tally, self.usage = Tally(), Usage(config.folder / "usage.jsonl")
         self.turns = Turns(self.ledger, self.gate, spawn=self.spawn, count=self.tally.add, keep=self.keeper.keep_state)
         self.sessions: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,6 +112,7 @@ class Desk:
             for session in [each for each in self.sessions.values() if time.monotonic() - each.seen > self.config.session_s]:
                 self.end(session, "silent")
             await asyncio.to_thread(self.shelf.expire)
+            await asyncio.to_thread(self.usage.flush)
 
     async def close(self) -> None:
         """Drops all work. What is durable per step stays on disk and comes back with the next server."""
@@ -113,10 +121,22 @@ class Desk:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.usage.flush()
 
     def count(self, name: str, owner: str = "", amount: float = 1) -> None:
         """Adds to a counter, and to a tenant's share of it."""
         self.tally.add(name, amount, owner)
+
+    def used(self, session: Session, base_model: str, what: What, amount: int) -> None:
+        """Adds to a tenant's use, and to the counters of tokens."""
+        self.usage.add(session.owner, session.id, base_model, what, amount)
+        self.count("checkpoints_total" if what == "checkpoint" else f"tokens_total:{what}", session.owner, amount)
+
+    def audit(self, owner: str, event: str, *, path: str | None = None, details: Mapping[str, Json] | None = None) -> None:
+        """Writes down what a tenant did to what others may see."""
+        with contextlib.closing(JsonLines(self.config.folder / "audit.jsonl")) as rows:
+            row: dict[str, Json] = {"at": datetime.now(UTC).isoformat(), "owner": owner, "event": event, "path": path, "details": dict(details or {})}
+            rows.append(row, sync=True)
 
     def gauges(self) -> dict[str, float]:
         """Counters, and how many there are of what lives now. Nothing names a tenant."""
@@ -187,6 +207,7 @@ class Desk:
         session.ended = why
         self.sessions.pop(session.id, None)
         dropped = self.ledger.drop(session.id)
+        self.turns.traces.pop(session.id, None)
         for model in session.models.values():
             if model.task is not None:
                 model.task.cancel()
@@ -308,7 +329,11 @@ class Desk:
 
     def submit_sample(self, card: SamplerCard, owner: str, seq: int, begin: Callable[[], Awaitable[Answer]], size_bytes: int) -> Entry:
         """Takes a sampler's request; one that came before is not run again. Samples need no order."""
-        return self.turns.sample(f"{card.id}:{seq}", owner, card.id.partition(":")[0], begin, size_bytes)
+        entry = self.turns.sample(f"{card.id}:{seq}", owner, card.id.partition(":")[0], begin, size_bytes)
+        if not entry.noted:
+            entry.noted = True
+            entry.answer.add_done_callback(lambda future: card.finished.add(seq // CLONE, entry.id, future))
+        return entry
 
     async def tokenizer_id(self, name: str, *, near: bool) -> str | None:
         """What a client loads the tokenizer of a model from: a folder where it runs on this machine, else a name."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import time
+import uuid
 import zlib
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import TypeAlias, TypeVar
 
 import orjson
@@ -13,6 +17,7 @@ from starlette.responses import Response
 
 from .. import events
 from ..errors import AuthError, CapabilityError, ConfigError, CrucibleError, DataError, LockedError, NotFoundError, ServiceError, StoreError, UnsafeError
+from .badges import Badges
 from .hosts import is_loopback
 from .keys import Keys
 from .ledger import BusyError, GoneError, TooLargeError
@@ -72,20 +77,26 @@ async def body_of(request: Request, most: int) -> bytes:
     return raw if encoding in ("identity", "") else _decompress(raw, encoding, most)
 
 
+def when(seconds: float) -> str:
+    """A moment as the protocol writes it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
 def parsed(model: type[M], raw: bytes) -> M:
-    """A JSON body as the SDK's own type.
+    """A JSON body as the SDK's own type; no number stands for a text, no text for a number.
 
     Raises:
         DataError: it is no such thing; the message names the first field.
     """
     try:
-        return model.model_validate_json(raw)
+        return model.model_validate_json(raw, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"
         raise DataError(f"The request does not parse as {model.__name__}: {where}: {first['msg']}.") from error
 
 
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (TooLargeError, 413),
     (BusyError, 429),
@@ -127,10 +138,11 @@ class Door:
 
     Args:
         keys: who may ask.
+        badges: tokens that stand for keys.
     """
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, badges: Badges) -> None:
+        self._keys, self._badges = keys, badges
 
     def tenant(self, request: Request) -> str:
         """Who asks.
@@ -143,8 +155,9 @@ class Door:
         secret = request.headers.get("x-api-key") or (bearer[7:].strip() if bearer.lower().startswith("bearer ") else "")
         if not secret:
             raise AuthError("The request has no key. Send one as X-API-Key, or as 'Authorization: Bearer'; on an open server any will do.")
+        badge = self._badges.tenant(secret) if secret.startswith("eyJ") else ""
         if self._keys.list():
-            return self._keys.tenant(secret)
+            return self._keys.known(badge) if badge else self._keys.tenant(secret)
         if not is_loopback(request.url.hostname or ""):
             raise UnsafeError(
                 f"This server is open to its own machine only; {request.url.hostname!r} is another name. Make keys with `crucible serve keys add`."
@@ -155,15 +168,22 @@ class Door:
         """The endpoint behind this door."""
 
         async def guarded(request: Request) -> Response:
+            started, tenant, problem = time.perf_counter(), "", ""
             try:
+                tenant = self.tenant(request)
                 with events.continued(request.headers.get("traceparent", "")):  # what the caller's span caused hangs below it
-                    return await endpoint(request, self.tenant(request))
+                    response = await endpoint(request, tenant)
             except ClientDisconnect:
-                return Response(status_code=499)
+                response, problem = Response(status_code=499), "the client left"
             except Exception as error:
-                response = error_response(error)
-                if response.status_code >= 500:
-                    events.emit("server.error", path=request.url.path, error=f"{type(error).__name__}: {error}")
-                return response
+                response, problem = error_response(error), f"{type(error).__name__}: {error}"
+            given = request.headers.get("x-request-id", "")
+            known = given if _ID.fullmatch(given) else uuid.uuid4().hex
+            response.headers["X-Request-Id"] = known
+            events.emit(
+                "server.error" if response.status_code >= 500 else "server.http", request_id=known, tenant=tenant, method=request.method,
+                path=request.url.path, status=response.status_code, duration_s=time.perf_counter() - started, **({"error": problem} if problem else {}),
+            )  # fmt: skip
+            return response
 
         return guarded

@@ -103,6 +103,17 @@ class Keys:
             raise NotFoundError(f"There is no key called {name!r}. Known: {', '.join(keys) or 'none'}.")
         self._save(keys | {name: Key(name=name, sha256=keys[name].sha256, created_at=keys[name].created_at, revoked=True)})
 
+    def known(self, name: str) -> str:
+        """The name of a key that still works.
+
+        Raises:
+            AuthError: it was revoked.
+        """
+        key = self._load().get(name)
+        if key is None or key.revoked:
+            raise AuthError("The key that this token stands for was revoked. Use another key.")
+        return name
+
     def tenant(self, secret: str) -> str:
         """The name of the key.
 

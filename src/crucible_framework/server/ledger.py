@@ -6,6 +6,7 @@ Everything here runs on one event loop. This file does not know what a request d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable
@@ -15,8 +16,10 @@ import orjson
 
 from ..errors import CapabilityError, ConfigError, CrucibleError, DataError, ServiceError, StoreError
 
-__all__ = ["Answer", "BusyError", "Entry", "Gate", "GoneError", "Ledger", "TooLargeError", "failure"]
+__all__ = ["Answer", "BusyError", "Entry", "Finished", "Gate", "GoneError", "Ledger", "TooLargeError", "failure"]
 
+KEPT = 8192
+"""Answers that a client which asks for all at once may be behind."""
 JSON, PROTO = "application/json", "application/x-protobuf"
 
 
@@ -70,6 +73,7 @@ class Entry:
     started: float = field(default_factory=time.monotonic)
     size_bytes: int = 0
     written: asyncio.Future[None] | None = None
+    noted: bool = False
 
     def resolve(self, answer: Answer) -> None:
         """Sets the answer, where there is none yet."""
@@ -81,6 +85,35 @@ class Entry:
         if self.task is not None:
             self.task.cancel()
         self.resolve(Answer(orjson.dumps({"error": "The request was cancelled.", "category": "user"}), failed=True))
+
+
+class Finished:
+    """A sampler's requests in the order in which they were answered, for each of its clones, for a client that asks for all at once."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, deque[tuple[int, str, Answer]]] = {}
+        self._count, self._news = 0, asyncio.Event()
+
+    def add(self, clone: int, request: str, answer: asyncio.Future[Answer]) -> None:
+        """A request was answered."""
+        if not answer.cancelled():
+            self._count += 1
+            self._rows.setdefault(clone, deque(maxlen=KEPT)).append((self._count, request, answer.result()))
+            self._news.set()
+
+    async def after(self, clone: int, cursor: int, timeout_s: float) -> tuple[list[tuple[str, Answer]], int]:
+        """What was answered after a cursor, once there is something or the time is over, and the cursor behind it; what is before it is forgotten."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            rows = self._rows.setdefault(clone, deque(maxlen=KEPT))
+            while rows and rows[0][0] <= cursor:
+                rows.popleft()
+            left = deadline - time.monotonic()
+            if rows or left <= 0:
+                return [(request, answer) for _, request, answer in rows], max(cursor, *(row[0] for row in rows), 0)
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), left)
 
 
 class Ledger:

@@ -26,7 +26,7 @@ from .desk import Desk
 from .http import Endpoint, body_of, json_response, parsed
 from .ledger import JSON, Answer
 
-__all__ = ["OpenAiApi"]
+__all__ = ["ChatRequest", "OpenAiApi", "TextRequest"]
 
 KEPT = 16
 """Samplers that stay open."""
@@ -56,7 +56,7 @@ class _Asked(BaseModel):
         )
 
 
-class _Text(_Asked):
+class TextRequest(_Asked):
     """A /v1/completions request."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -75,7 +75,7 @@ class _Turn(BaseModel):
     content: str | list[_Part]
 
 
-class _Chat(_Asked):
+class ChatRequest(_Asked):
     """A /v1/chat/completions request."""
 
     messages: Annotated[list[_Turn], Field(min_length=1)]
@@ -167,7 +167,7 @@ class OpenAiApi:
     # ------------------------------------------------------------------------------------------------------------ text
     async def completions(self, request: Request, tenant: str) -> Response:
         """Continues texts."""
-        asked = parsed(_Text, await body_of(request, self._desk.config.body_bytes))
+        asked = parsed(TextRequest, await body_of(request, self._desk.config.body_bytes))
         if asked.suffix:
             raise CapabilityError("suffix is given; this server does not fill gaps. Leave it out.")
         sampler, tokenizer = await self._sampler(asked.model, tenant)
@@ -188,7 +188,7 @@ class OpenAiApi:
     # ------------------------------------------------------------------------------------------------------------ chat
     async def chat(self, request: Request, tenant: str) -> Response:
         """Answers a conversation."""
-        asked = parsed(_Chat, await body_of(request, self._desk.config.body_bytes))
+        asked = parsed(ChatRequest, await body_of(request, self._desk.config.body_bytes))
         if asked.top_logprobs:
             raise CapabilityError(f"top_logprobs is {asked.top_logprobs}; this server gives the log-probs of drawn tokens only. Leave it out.")
         sampler, tokenizer = await self._sampler(asked.model, tenant)
@@ -224,7 +224,9 @@ def _finish(one: Completion) -> str:
     return "stop" if one.stop_reason == "stop" else "length"
 
 
-def _text_choice(index: int, one: Completion, tokenizer: Tokenizer, *, asked: _Text, prompt: tuple[int, ...], scores: tuple[float, ...]) -> dict[str, object]:
+def _text_choice(
+    index: int, one: Completion, tokenizer: Tokenizer, *, asked: TextRequest, prompt: tuple[int, ...], scores: tuple[float, ...]
+) -> dict[str, object]:
     text = (tokenizer.decode(prompt) if asked.echo else "") + one.text
     choice: dict[str, object] = {"index": index, "text": text, "finish_reason": _finish(one), "logprobs": None}
     if asked.logprobs is not None:

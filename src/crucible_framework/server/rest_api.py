@@ -6,20 +6,22 @@ import asyncio
 import hashlib
 import hmac
 import secrets
+import shutil
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from dataclasses import replace
+from pathlib import Path as FilePath
 from typing import TypeVar, cast
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from ..errors import CapabilityError, DataError, FormatError, NotFoundError
-from ..files import read_manifest
+from ..errors import DataError, NotFoundError
+from ..files import read_manifest, verify
 from ..records import Json
-from .desk import Desk
-from .http import Endpoint, body_of, json_response
+from .bodies import Path, Ttl
+from .desk import Desk, Session
+from .http import Endpoint, body_of, json_response, parsed, when
 from .shelf import KINDS, Kind, Run, Stored, own_run
 
 __all__ = ["RestApi"]
@@ -30,20 +32,16 @@ LINK_S = 3600
 CHECKPOINT = "/training_runs/{run}/checkpoints/{kind}/{name}"
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
 def _checkpoint(stored: Stored) -> dict[str, Json]:
     return {
         "checkpoint_id": f"{stored.kind}/{stored.name}",
         "checkpoint_type": KINDS[stored.kind],
-        "time": _time(stored.created_at),
+        "time": when(stored.created_at),
         "tinker_path": stored.path,
         "size_bytes": stored.size_bytes,
         "public": stored.public,
         "user_metadata": dict(stored.user_metadata) if stored.user_metadata else None,
-        "expires_at": None if stored.expires_at is None else _time(stored.expires_at),
+        "expires_at": None if stored.expires_at is None else when(stored.expires_at),
     }
 
 
@@ -87,14 +85,8 @@ class RestApi:
             ("POST", "/copy_weights", self.copy),
         ]
 
-    async def _json(self, request: Request) -> dict[str, Json]:
-        try:
-            value = orjson.loads(await body_of(request, self._desk.config.body_bytes))
-        except orjson.JSONDecodeError as error:
-            raise FormatError(f"The body is no JSON: {error}.") from error
-        if not isinstance(value, dict):
-            raise FormatError("The body is no JSON object.")
-        return value
+    async def _body(self, request: Request) -> bytes:
+        return await body_of(request, self._desk.config.body_bytes)
 
     async def capabilities(self, request: Request, tenant: str) -> Response:
         """The models that are listed."""
@@ -113,7 +105,7 @@ class RestApi:
             "is_lora": True,
             "corrupted": run.corrupted,
             "lora_rank": run.lora.rank,
-            "last_request_time": _time(run.last_request_at),
+            "last_request_time": when(run.last_request_at),
             "last_checkpoint": cast("Json", last["weights"]),
             "last_sampler_checkpoint": cast("Json", last["sampler_weights"]),
             "user_metadata": dict(run.user_metadata) if run.user_metadata else None,
@@ -121,7 +113,12 @@ class RestApi:
 
     async def training_runs(self, request: Request, tenant: str) -> Response:
         """A page of the tenant's runs."""
-        return json_response(await self._page(request, "training_runs", lambda: self._shelf.runs(tenant), self._run, 20))
+        project = request.query_params.get("project_id")
+
+        def find() -> list[Run]:
+            return [run for run in self._shelf.runs(tenant) if project in (None, run.project)]
+
+        return json_response(await self._page(request, "training_runs", find, self._run, 20))
 
     async def _page(self, request: Request, name: str, find: Callable[[], list[T]], show: Callable[[T], dict[str, Json]], usual: int) -> dict[str, object]:
         limit, offset = _number(request, "limit", usual, 0, 1000), _number(request, "offset", 0, 0, 10**8)
@@ -163,8 +160,8 @@ class RestApi:
 
     async def weights_info(self, request: Request, tenant: str) -> Response:
         """What is needed to load a checkpoint."""
-        path = (await self._json(request)).get("tinker_path")
-        stored = await asyncio.to_thread(self._desk.readable, str(path), tenant)
+        asked = parsed(Path, await self._body(request))
+        stored = await asyncio.to_thread(self._desk.readable, asked.tinker_path, tenant)
         train = {f"train_{part}": stored.run.train.get(part, True) for part in ("attn", "mlp", "unembed")}
         fields: dict[str, Json] = {"base_model": stored.run.base_model, "is_lora": True, "lora_rank": stored.run.lora.rank, **train}
         return json_response(fields | {"optimizer_config": {"type": "adamw"}})
@@ -173,25 +170,33 @@ class RestApi:
         """Removes a checkpoint."""
         stored = await self._own(request, tenant)
         await asyncio.to_thread(self._shelf.delete, stored.run.id, stored.kind, stored.name)
+        await asyncio.to_thread(self._desk.audit, tenant, "checkpoint.deleted", path=stored.path)
         return Response(status_code=204)
 
     async def publish(self, request: Request, tenant: str) -> Response:
         """Lets every tenant read a checkpoint, or no longer; twice is as once."""
         stored = await self._own(request, tenant)
         await asyncio.to_thread(self._shelf.change, stored, public=request.method == "POST", expires_at=stored.expires_at)
+        await asyncio.to_thread(self._desk.audit, tenant, f"checkpoint.{'published' if request.method == 'POST' else 'unpublished'}", path=stored.path)
         return Response(status_code=204)
 
     async def ttl(self, request: Request, tenant: str) -> Response:
         """Sets or removes a checkpoint's end."""
-        stored, ttl = await self._own(request, tenant), (await self._json(request)).get("ttl_seconds")
-        if ttl is not None and (not isinstance(ttl, (int, float)) or isinstance(ttl, bool) or not 0 < ttl < 10**10):
-            raise DataError(f"ttl_seconds is {ttl!r}; expected a positive number of seconds, or null.")
+        ttl = parsed(Ttl, await self._body(request)).ttl_seconds
+        stored = await self._own(request, tenant)
         await asyncio.to_thread(self._shelf.change, stored, public=stored.public, expires_at=None if ttl is None else time.time() + ttl)
         return Response(status_code=204)
 
     # ----------------------------------------------------------------------------------------------------------- files
     def _sign(self, path: str, until: int) -> str:
         return hmac.new(self._secret, f"{path}|{until}".encode(), hashlib.sha256).hexdigest()
+
+    def _permits(self, request: Request, path: str) -> bool:
+        """Whether the request carries the signature of a link to the path that still works."""
+        until, key = request.query_params.get("until", ""), request.query_params.get("key", "")
+        valid = until.isascii() and until.isdecimal() and len(until) < 15
+        expected = self._sign(path, int(until) if valid else 0)
+        return valid and hmac.compare_digest(expected.encode(), key.encode()) and int(until) >= time.time()
 
     async def urls(self, request: Request, tenant: str) -> Response:
         """A signed link to each file of the adapter, which works for an hour without a key."""
@@ -204,15 +209,12 @@ class RestApi:
         links = {
             name: f"{base}/api/v1/files/{stored.run.id}/{stored.name}/{name}?until={until}&key={self._sign(f'{stored.path}/{name}', until)}" for name in names
         }
-        return json_response({"urls": links, "expires": _time(until)})
+        return json_response({"urls": links, "expires": when(until)})
 
     async def file(self, request: Request) -> Response:
         """A file behind a signed link; the link is the permission."""
         run, name, file = (request.path_params[part] for part in ("run", "name", "file"))
-        until, key = request.query_params.get("until", ""), request.query_params.get("key", "")
-        valid = until.isascii() and until.isdecimal() and len(until) < 15
-        expected = self._sign(f"tinker://{run}/external_weights/{name}/{file}", int(until) if valid else 0)
-        if not valid or not hmac.compare_digest(expected.encode(), key.encode()) or int(until) < time.time():
+        if not self._permits(request, f"tinker://{run}/external_weights/{name}/{file}"):
             return json_response({"detail": "The link is not valid, or no longer. Ask for a new one."}, 403)
         try:
             stored = await asyncio.to_thread(self._shelf.get, run, "external_weights", name)
@@ -238,22 +240,78 @@ class RestApi:
         return json_response(fields | {"user_metadata": dict(session.user_metadata) if session.user_metadata else None})
 
     async def search_sessions(self, request: Request, tenant: str) -> Response:
-        """The tenant's live sessions with what is known of them."""
-        await self._json(request)
+        """The tenant's live sessions that fit the filters, the newest first."""
+        from tinker import types
+
+        asked = parsed(types.SessionSearchRequest, await self._body(request))
+        words = (asked.display_name or "").lower().split()
+
+        def fits(one: Session) -> bool:
+            known, name = dict(one.user_metadata or {}), (one.display_name or "").lower()
+            return (
+                one.owner == tenant and asked.session_id in (None, one.id) and (asked.project_ids is None or one.project in asked.project_ids)
+                and all(known.get(key) == value for key, value in asked.user_metadata.items()) and all(word in name for word in words)
+            )  # fmt: skip
+
+        mine = sorted(filter(fits, list(self._desk.sessions.values())), key=lambda one: -one.created_at)[: asked.limit]
         found = [
-            {"session_id": one.id, "created_at": _time(one.created_at), "owner": one.owner, "project_id": "", "status": {"type": "active"},
-             "checkpoints_count": sum(len(self._shelf.checkpoints(run)) for run in one.models), "display_name": one.display_name}
-            for one in self._desk.sessions.values() if one.owner == tenant
+            {"session_id": one.id, "created_at": when(one.created_at), "owner": one.owner, "project_id": one.project, "status": {"type": "active"},
+             "checkpoints_count": sum(len(self._shelf.checkpoints(run)) for run in one.models), "display_name": one.display_name,
+             "user_metadata": dict(one.user_metadata) if one.user_metadata else None}
+            for one in mine
         ]  # fmt: skip
         return json_response({"sessions": found, "next_cursor": None})
 
+    # ---------------------------------------------------------------------------------------------------------- traces
     async def trace(self, request: Request, tenant: str) -> Response:
-        """No traces are kept here."""
-        del request, tenant
-        return json_response({"status": "failed", "url": None, "error": "This server keeps no traces; its events say what happened."})
+        """A signed link to a live session's requests over time."""
+        session = self._desk.sessions.get(name := request.path_params["session"])
+        if session is None or session.owner != tenant:
+            raise NotFoundError(f"There is no session {name[:140]!r}; it has ended. Export a trace while its client lives.")
+        until = int(time.time()) + LINK_S
+        base = str(request.base_url).rstrip("/")
+        return json_response({"status": "ready", "url": f"{base}/api/v1/traces/{name}?until={until}&key={self._sign(f'trace:{name}', until)}", "error": None})
 
+    async def trace_file(self, request: Request) -> Response:
+        """A session's requests as a trace for ui.perfetto.dev, in Chrome's JSON form; the link is the permission."""
+        name = request.path_params["session"]
+        if not self._permits(request, f"trace:{name}"):
+            return json_response({"detail": "The link is not valid, or no longer. Ask for a new one."}, 403)
+        rows = [
+            {"name": row.kind, "ph": "X", "pid": 1, "tid": row.track, "ts": row.started_s * 1e6, "dur": row.duration_s * 1e6, "args": {"request": row.request}}
+            for row in self._desk.turns.traces.get(name, ())
+        ]
+        return json_response({"traceEvents": rows, "displayTimeUnit": "ms"})
+
+    # ------------------------------------------------------------------------------------------------------------ copy
     async def copy(self, request: Request, tenant: str) -> Response:
-        """Refused: there are no projects here to copy between."""
-        del tenant
-        await self._json(request)
-        raise CapabilityError("This server has no projects, so weights are not copied. Publish the checkpoint: every tenant can then load it by its path.")
+        """A checkpoint that the tenant may read, as one of its own, in a session or a project. The same idempotency key copies once."""
+        from tinker import types
+
+        asked = parsed(types.CopyWeightsRequest, await self._body(request))
+        stored = await asyncio.to_thread(self._desk.readable, asked.source_path, tenant)
+        if asked.session_id is not None and asked.model_seq_id is not None:
+            session = self._desk.session(asked.session_id, tenant)
+            run, project = f"{session.id}:train:{asked.model_seq_id}", session.project
+        elif asked.destination_project_id is not None:
+            given = request.headers.get("x-idempotency-key") or secrets.token_hex(8)
+            name = hashlib.sha256(f"{tenant}|{given}|{asked.source_path}".encode()).hexdigest()[:12]
+            run, project = f"copy-{name}:train:0", asked.destination_project_id
+        else:
+            raise DataError("copy_weights names no place; expected destination_project_id, or session_id and model_seq_id.")
+        if asked.ttl_seconds is not None and asked.ttl_seconds <= 0:
+            raise DataError(f"ttl_seconds is {asked.ttl_seconds}; expected a positive number of seconds, or null.")
+        made = await asyncio.to_thread(self._copied, stored, replace(stored.run, id=run, owner=tenant, project=project), asked.ttl_seconds)
+        await asyncio.to_thread(self._desk.audit, tenant, "checkpoint.copied", path=made.path, details={"from": stored.path})
+        return json_response({"tinker_path": made.path})
+
+    def _copied(self, stored: Stored, run: Run, ttl_s: float | None) -> Stored:
+        def write(folder: FilePath) -> None:
+            for card in verify(stored.folder).files:
+                shutil.copyfile(stored.folder / card.name, folder / card.name)
+
+        try:
+            return self._shelf.get(run.id, stored.kind, stored.name)
+        except NotFoundError:
+            self._shelf.put_run(run)
+            return self._shelf.put(run, stored.kind, stored.name, write, model=stored.model, step=stored.step, ttl_s=ttl_s, user_metadata=stored.user_metadata)

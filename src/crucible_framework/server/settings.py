@@ -33,6 +33,8 @@ class ServeConfig:
         places: requests at the backend at once; keys take turns for them.
         max_tokens: per sample at the most, and where a client names no limit.
         poll_s: how long a request for a result that is not there is held.
+        client: what the SDK shall switch on beyond its defaults, by its own names, such as sample_use_retrieve_futures, proto_compress_fwdbwd and
+            pjwt_auth_enabled.
         session_s: a session whose client is silent for so long ends; its work is dropped.
     """
 
@@ -51,6 +53,7 @@ class ServeConfig:
     durable: Literal["checkpoint", "step"] = "checkpoint"
     places: int = 256
     max_tokens: int = 4096
+    client: Mapping[str, bool] = field(default_factory=dict)
     poll_s: float = 25.0
     session_s: float = 60.0
 

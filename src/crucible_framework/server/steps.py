@@ -129,8 +129,8 @@ def _load(desk: Desk, model: Model, request: types.LoadWeightsRequest) -> Start:
 def _pass(desk: Desk, model: Model, message: pb.ForwardBackwardRequest) -> Start:
     async def begin() -> Awaitable[Answer]:
         work = await start_pass(model.live, message)
-        desk.count(
-            "tokens_total:trained", model.session.owner, sum(len(chunk.encoded_text.tokens) // 4 for datum in message.data for chunk in datum.model_input)
+        desk.used(
+            model.session, model.run.base_model, "training", sum(len(chunk.encoded_text.tokens) // 4 for datum in message.data for chunk in datum.model_input)
         )
 
         async def finish() -> Answer:
@@ -175,7 +175,7 @@ def _saving(
 
         async def finish() -> Stored:
             made = await asyncio.wrap_future(future)
-            desk.count("checkpoints_total", model.session.owner)
+            desk.used(model.session, model.run.base_model, "checkpoint", 1)
             return await asyncio.to_thread(
                 desk.keeper.put, model.run, kind, name, made, ttl_s=ttl_s, user_metadata=metadata, overwrite=overwrite, request=request
             )

@@ -6,11 +6,11 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..errors import ConfigError, DataError, FormatError
+from ..errors import ConfigError, DataError
+from .bodies import Cancel, Empty, Finish, Telemetry
 from .desk import Desk, SamplerCard
 from .hosts import is_loopback
 from .http import Endpoint, body_of, json_response, parsed
@@ -51,6 +51,7 @@ class TinkerApi:
             "join_sampling_session": self.join_sampling_session,
             "asample": self.asample,
             "retrieve_future": self.retrieve_future,
+            "retrieve_futures": self.retrieve_futures,
             "cancel_future": self.cancel_future,
             "create_custom_loss": self.create_custom_loss,
             "telemetry": self.telemetry,
@@ -63,15 +64,16 @@ class TinkerApi:
     async def client_config(self, request: Request, tenant: str) -> Response:
         """What the SDK switches on: clones of a sampler ask for their number; nothing else beyond its defaults."""
         del tenant
-        await self._body(request)
-        response = json_response({"sample_join_sampling_session": True, "fwdbwd_max_chunk_bytes_count": min(5_000_000, self._desk.config.body_bytes // 4)})
+        parsed(Empty, await self._body(request) or b"{}")
+        flags = {"sample_join_sampling_session": True, "fwdbwd_max_chunk_bytes_count": min(5_000_000, self._desk.config.body_bytes // 4)}
+        response = json_response({**flags, **self._desk.config.client})
         response.headers["Connection"] = "close"  # the SDK asks this once, on a connection that it then forgets
         return response
 
     async def dynamic_config(self, request: Request, tenant: str) -> Response:
         """Cancelling samples is possible."""
         del tenant
-        await self._body(request)
+        parsed(Empty, await self._body(request) or b"{}")
         return json_response({"refresh_interval_sec": 300, "sample_cancel_enabled": True, "sample_cancel_max_batch_size": 64})
 
     async def create_session(self, request: Request, tenant: str) -> Response:
@@ -92,7 +94,7 @@ class TinkerApi:
 
     async def finish_session(self, request: Request, tenant: str) -> Response:
         """The client is done; a second call does nothing."""
-        await self._body(request)
+        parsed(Finish, await self._body(request) or b"{}")
         session = self._desk.sessions.get(request.path_params["session"])
         if session is not None and session.owner == tenant:
             self._desk.end(session, "finished")
@@ -101,7 +103,7 @@ class TinkerApi:
     async def telemetry(self, request: Request, tenant: str) -> Response:
         """Taken and thrown away."""
         del tenant
-        await self._body(request)
+        parsed(Telemetry, await self._body(request))
         return json_response({"status": "accepted"})
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -174,7 +176,9 @@ class TinkerApi:
 
     async def _sampled(self, card: SamplerCard, asked: types.SampleRequest, tenant: str) -> Answer:
         body, drawn = await sample(self._desk.backend, card, asked, longest=self._desk.config.max_tokens)
-        self._desk.count("tokens_total:sampled", tenant, drawn)
+        session = self._desk.session(card.id.partition(":")[0], tenant)
+        self._desk.used(session, card.base_model, "sampling_prefill", asked.prompt.length)
+        self._desk.used(session, card.base_model, "sampling_sample", drawn)
         return Answer(body, PROTO)
 
     # --------------------------------------------------------------------------------------------------------- results
@@ -193,16 +197,29 @@ class TinkerApi:
         self._desk.ledger.retrieved(entry)
         return Response(answer.body, media_type=answer.type)
 
+    async def retrieve_futures(self, request: Request, tenant: str) -> Response:
+        """Which of a sampler's requests were answered since the last call; their results are then retrieved one by one."""
+        from tinker.types.futures_retrieve_request import FuturesRetrieveRequest
+
+        asked = parsed(FuturesRetrieveRequest, await self._body(request))
+        card = self._desk.sampler(asked.target.sampling_session_id, tenant)
+        for one in asked.retrieved_request_ids:
+            entry = self._desk.ledger.known(one, tenant)
+            if entry is not None and entry.answer.done():
+                self._desk.ledger.retrieved(entry)
+        hold_s = self._desk.config.poll_s if asked.timeout is None else max(0.0, min(asked.timeout, self._desk.config.poll_s))
+        rows, cursor = await card.finished.after(asked.target.cloned_sampler_id, asked.prev_cursor, hold_s)
+        found = [
+            {"state": "failed", "request_id": one} if answer.failed
+            else {"state": "finished", "request_id": one, "response_payload_uncompressed_size": len(answer.body)}
+            for one, answer in rows
+        ]  # fmt: skip
+        return json_response({"completions": found, "cursor": cursor})
+
     async def cancel_future(self, request: Request, tenant: str) -> Response:
         """Drops samples that nobody waits for."""
-        raw = await self._body(request)
-        try:
-            asked = orjson.loads(raw)
-            single = [asked["request_id"]] if "request_id" in asked else []
-            wanted = [str(one) for one in (*single, *asked.get("request_ids", ()))]
-        except (orjson.JSONDecodeError, TypeError, AttributeError) as error:
-            raise FormatError(f"The body names no requests to cancel: {error}.") from error
-        for one in wanted:
+        asked = parsed(Cancel, await self._body(request))
+        for one in ([] if asked.request_id is None else [asked.request_id]) + asked.request_ids:
             entry = self._desk.ledger.known(one, tenant)
             if entry is not None and entry.kind == "sample":
                 entry.cancel()
@@ -211,7 +228,7 @@ class TinkerApi:
     async def create_custom_loss(self, request: Request, tenant: str) -> Response:
         """Refused: custom losses run in the client, as the SDK does by itself when the server does not offer this."""
         del tenant
-        await self._body(request)
+        parsed(Empty, await self._body(request))
         raise ConfigError("This server runs no uploaded losses. Pass the function itself to forward_backward_custom: the SDK then runs it on the client.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from .. import events
 from ..errors import BackendError, CrucibleError, DataError, StoreError
 from ..protocols import TrainingSession
-from ..records import Checkpoint
+from ..records import Checkpoint, record
 from .journal import Journal
 from .ledger import Answer, BusyError, Entry, Gate, GoneError, Ledger, failure, run
 from .shelf import Run
@@ -31,6 +32,8 @@ Start: TypeAlias = Callable[[], Awaitable[Awaitable[Answer]]]
 Keep: TypeAlias = Callable[["Model", int, Answer, Checkpoint], Awaitable[None]]
 AHEAD = 1024
 """Requests of one model that may wait for an earlier one."""
+TRACED = 10_000
+"""Requests of a session that its trace shows."""
 STATEFUL = ("optim_step", "load_weights")
 """After these a journal keeps the state."""
 
@@ -66,6 +69,17 @@ async def _failed(error: Exception) -> Answer:
     raise error
 
 
+@record
+class Traced:
+    """A request that was answered: its track is its model, or "samples"."""
+
+    request: str
+    kind: str
+    track: str
+    started_s: float
+    duration_s: float
+
+
 class Turns:
     """Takes requests and sees to it that they run.
 
@@ -79,6 +93,7 @@ class Turns:
 
     def __init__(self, ledger: Ledger, gate: Gate, *, spawn: Callable[[Awaitable[None]], asyncio.Task[None]], count: Callable[[str], None], keep: Keep) -> None:
         self._ledger, self._gate, self._spawn, self._count, self._keep = ledger, gate, spawn, count, keep
+        self.traces: dict[str, deque[Traced]] = {}
 
     def open(self, model: Model) -> None:
         """From now on the model's requests are served."""
@@ -174,6 +189,9 @@ class Turns:
             self.report(entry, error)
             return failure(error)
         finally:
+            self.traces.setdefault(entry.group, deque(maxlen=TRACED)).append(
+                Traced(request=entry.id, kind=entry.kind, track=entry.model or "samples", started_s=entry.started, duration_s=time.monotonic() - entry.started)
+            )
             events.emit("server.request", request=entry.id, kind=entry.kind, tenant=entry.owner, duration_s=time.monotonic() - entry.started)
 
     def report(self, entry: Entry, error: Exception) -> None:

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from .backend import TinkerBackend
+from .recovery import Recovery
+from .spending import Prices, Spending
 
-__all__ = ["TinkerBackend"]
+__all__ = ["Prices", "Recovery", "Spending", "TinkerBackend"]

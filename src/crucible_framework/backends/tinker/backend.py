@@ -10,6 +10,7 @@ taken back by its negative. This file does not know HTTP beyond fetching a check
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,15 +21,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 from urllib.parse import urlsplit
 
+from ... import events
+from ...clock import system_clock
 from ...config import places
 from ...data.tokens import HuggingFaceTokenizer
 from ...errors import AuthError, BackendError, ConfigError, NotFoundError, ServiceError, SessionClosedError
-from ...protocols import Tokenizer
+from ...protocols import Clock, Tokenizer, TrainingSession
 from ...records import Capabilities, Checkpoint, LoraConfig
 from .files import read_receipt, write_files
 from .line import Pending
+from .recovery import RecoveringSession, Recovery
 from .sampler import TinkerSampler
 from .session import TinkerSession
+from .spending import Prices, Spending
 from .wire import explain, train_parts
 
 if TYPE_CHECKING:
@@ -46,11 +51,15 @@ EXPORT_S = 3600
 class TinkerBackend:
     """Trains and samples at a Tinker service; see `Backend`.
 
-    Counts what was sent in `trained_tokens` and `sampled_tokens`.
+    `spending` counts the tokens that were sent and drawn, and what they cost at the prices given; a session's own count only its.
 
     Args:
         base_url: of the service; None: what `TINKER_BASE_URL` says, else the hosted one.
         tokenizers: a tokenizer folder per base model, where the model's own cannot be found by its name.
+        recovery: makes a run that the service lost or corrupted again; None: its requests fail.
+        prices: of the service, for `spending.cost_usd`.
+        ttl_s: how long the service keeps checkpoints that are saved; None: for ever.
+        clock: waits between attempts to make a run again.
 
     Raises:
         ConfigError: the `tinker` SDK is not installed.
@@ -59,7 +68,12 @@ class TinkerBackend:
 
     capabilities = Capabilities(name="tinker", gradients="logprobs", alpha=False, dropout=False, target_modules=False)
 
-    def __init__(self, *, base_url: str | None = None, tokenizers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, base_url: str | None = None, tokenizers: Mapping[str, str] | None = None, recovery: Recovery | None = None,
+        prices: Prices | None = None, ttl_s: int | None = None, clock: Clock = system_clock,
+    ) -> None:  # fmt: skip
+        if ttl_s is not None and (not isinstance(ttl_s, int) or isinstance(ttl_s, bool) or ttl_s < 1):
+            raise ConfigError(f"ttl_s is {ttl_s!r}; expected a whole number of seconds of at least 1, or None.")
         try:
             import tinker
         except ImportError as error:
@@ -76,7 +90,9 @@ class TinkerBackend:
         self._sessions: list[TinkerSession] = []
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="crucible-tinker")
         self.pending: Pending = set()
-        self.trained_tokens = self.sampled_tokens = 0
+        self.spending, self.ttl_s = Spending(prices), ttl_s
+        self._recovery, self._prices, self._clock = recovery, prices, clock
+        self._services = [self._service]
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -100,23 +116,37 @@ class TinkerBackend:
                 raise
             raise ours from error
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all passes."""
+        return self.spending.trained_tokens
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that were drawn."""
+        return self.spending.sampled_tokens
+
     def _session(self, client: tinker.TrainingClient, base_model: str, lora: LoraConfig, step: int) -> TinkerSession:
         info: types.GetInfoResponse = client.get_info()
         folder = info.model_data.tokenizer_id
         if folder and Path(folder).is_dir():
             self._folders.setdefault(base_model, folder)
-        session = TinkerSession(self, client, base_model, lora, step)
+        session = TinkerSession(self, client, base_model, lora, step, Spending(self._prices, self.spending))
         self._sessions.append(session)
         return session
 
     # -------------------------------------------------------------------------------------------------------- contract
-    def train(self, base_model: str, lora: LoraConfig) -> TinkerSession:
+    def train(self, base_model: str, lora: LoraConfig) -> TrainingSession:
         """A new adapter. With `target_modules` at its default every layer that the service can adapt is adapted.
 
         Raises:
             CapabilityError: alpha, dropout or target modules that a service does not honour; nothing was sent.
             CrucibleError: the service has no such model, refuses the key or cannot be reached.
         """
+        train_parts(lora)
+        return self._recovering(lambda: self._train(base_model, lora), self._train(base_model, lora))
+
+    def _train(self, base_model: str, lora: LoraConfig) -> TinkerSession:
         parts = train_parts(lora)
         doing = f"the base model {base_model!r}"
         attn, mlp, unembed = (parts[f"train_{part}"] for part in ("attn", "mlp", "unembed"))
@@ -128,7 +158,49 @@ class TinkerBackend:
         )
         return self._session(client, base_model, lora, 0)
 
-    def resume(self, checkpoint: Checkpoint) -> TinkerSession:
+    def _recovering(self, anew: Callable[[], TinkerSession], session: TinkerSession) -> TrainingSession:
+        """The session, made again by itself where that was asked."""
+        if self._recovery is None:
+            return session
+        now = [session]
+
+        def restart(checkpoint: Checkpoint | None) -> TrainingSession:
+            def make() -> TinkerSession:
+                return anew() if checkpoint is None else self._resume(checkpoint)
+
+            try:
+                now[0] = make()
+            except SessionClosedError as error:
+                if error.__cause__ is None:
+                    raise
+                self._renew()  # the client's session at the service is gone, too
+                now[0] = make()
+            return now[0]
+
+        return RecoveringSession(restart, session, self._recovery, lost=lambda error: self._lost(error, now[0]), clock=self._clock)
+
+    def _renew(self) -> None:
+        import tinker
+
+        self._service = tinker.ServiceClient(base_url=self._base_url, api_key=self._key)
+        self._services.append(self._service)
+
+    def _lost(self, error: BaseException, session: TinkerSession) -> bool:
+        """Whether a session's run is gone: the service says so, cannot be reached, or calls the run corrupted."""
+        if isinstance(error, SessionClosedError):
+            return error.__cause__ is not None
+        if isinstance(error, ServiceError):
+            return error.retryable or self._corrupted(session.run)
+        return type(error) is BackendError and self._corrupted(session.run)
+
+    def _corrupted(self, run: str) -> bool:
+        try:
+            return bool(self._rest().get_training_run(run).result().corrupted)
+        except Exception as error:  # an unknown state is no reason to begin again
+            events.emit("recovery.poll_error", error=type(error).__name__)
+            return False
+
+    def resume(self, checkpoint: Checkpoint) -> TrainingSession:
         """Continues a "state" with its optimizer, from where it lies at the service.
 
         Raises:
@@ -136,6 +208,9 @@ class TinkerBackend:
             NotFoundError: the service has no such checkpoint, or a file of it is missing here.
             CorruptError: the files that were downloaded changed.
         """
+        return self._recovering(lambda: self._resume(checkpoint), self._resume(checkpoint))
+
+    def _resume(self, checkpoint: Checkpoint) -> TinkerSession:
         self.check_open()
         if checkpoint.kind != "state":
             raise BackendError(f"Checkpoint {checkpoint.name!r} is of kind {checkpoint.kind!r}, without an optimizer; expected 'state'. Save it so.")
@@ -230,6 +305,8 @@ class TinkerBackend:
 
     def close(self) -> None:
         """Finishes what was submitted; later requests raise SessionClosedError. A second call does nothing."""
+        import tinker
+
         if self._closed:
             return
         self._closed = True
@@ -237,7 +314,9 @@ class TinkerBackend:
             session.finish()
         wait(list(self.pending))
         self.pool.shutdown(wait=True)
-        self._service.close("success").result()
+        for service in self._services:
+            with contextlib.suppress(tinker.TinkerError):  # a session that the service ended cannot be finished
+                service.close("success").result()
 
 
 def _resolved(value: T) -> Future[T]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from ...errors import CorruptError, NotFoundError, ServiceError
 from ...files import read_json, storage_errors, write_atomic, write_json
 from ...records import Checkpoint, Json
@@ -47,6 +49,12 @@ def write_files(checkpoint: Checkpoint, to: Path, get: Callable[[str], bytes]) -
         rank = settings["r"]
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ServiceError(f"The service's files of {checkpoint.uri!r} are no LoRA adapter: {error!r}. Download it again.") from error
+    for name, values in tensors.items():
+        other = name.replace(".lora_A.", ".lora_B.") if ".lora_A." in name else name.replace(".lora_B.", ".lora_A.")
+        if other == name or other not in tensors or values.ndim != 2 or values.shape[".lora_B." in name] != rank:
+            raise ServiceError(f"The service's files of {checkpoint.uri!r} hold {name!r} of shape {values.shape}, which is no half of a rank {rank!r} adapter.")
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise ServiceError(f"The service's files of {checkpoint.uri!r} hold numbers in {name!r} that are not finite. Use an earlier checkpoint.")
     if rank != checkpoint.lora.rank:
         raise ServiceError(f"The service's files of {checkpoint.uri!r} have rank {rank!r}; the checkpoint says {checkpoint.lora.rank}. Download it again.")
     receipt = {RECEIPT: checkpoint.uri, "step": str(checkpoint.step)}

@@ -14,6 +14,8 @@ from ...errors import ConfigError, DataError
 from ...protocols import Tokenizer
 from ...records import Completion, Prompt, SamplingParams
 from .line import Pending, fail
+from .spending import Spending
+from .watching import watch
 from .wire import completion as made_completion
 from .wire import sampling_params
 
@@ -32,7 +34,7 @@ class SamplerOwner(Protocol):
 
     pending: Pending
     pool: ThreadPoolExecutor
-    sampled_tokens: int
+    spending: Spending
 
     def check_open(self) -> None:
         """Raises SessionClosedError where the backend is closed."""
@@ -48,8 +50,9 @@ class TinkerSampler:
 
     service = "tinker"
 
-    def __init__(self, backend: SamplerOwner, model: str, base_model: str, ready: Future[tinker.SamplingClient]) -> None:
+    def __init__(self, backend: SamplerOwner, model: str, base_model: str, ready: Future[tinker.SamplingClient], spending: Spending | None = None) -> None:
         self._backend, self._model, self._base_model, self._ready = backend, model, base_model, ready
+        self._spending = spending or backend.spending
 
     @property
     def model(self) -> str:
@@ -72,6 +75,7 @@ class TinkerSampler:
 
         def submit(ready: Future[tinker.SamplingClient]) -> None:
             try:
+                watch(ready.result(), self._model)
                 ask(ready.result()).add_done_callback(lambda inner: backend.pool.submit(settle, inner))
             except BaseException as error:
                 fail(outer, error, doing, ())
@@ -99,7 +103,7 @@ class TinkerSampler:
             duration_s = time.perf_counter() - started
             made = tuple(made_completion(one, params, tokenizer, len(ids), duration_s) for one in response.sequences)
             drawn = sum(len(one.tokens) for one in made)
-            self._backend.sampled_tokens += drawn
+            self._spending.add(prompt=len(ids), sampled=drawn)
             events.emit("inference.sample", model=self._model, n=n, prompt_tokens=len(ids), completion_tokens=drawn, duration_s=duration_s)
             return made
 
@@ -118,6 +122,7 @@ class TinkerSampler:
             return empty
 
         def finish(found: Sequence[float | None]) -> tuple[float, ...]:
+            self._spending.add(prompt=len(ids) + len(answer))
             return tuple(float("nan") if value is None else float(value) for value in found[-len(answer) :])
 
         whole = types.ModelInput.from_ints([*ids, *answer])

@@ -17,6 +17,8 @@ from ...protocols import GradientHook, Loss
 from ...records import AdamConfig, Batch, Checkpoint, LoraConfig, OptimOutput, StepOutput
 from .line import Line
 from .sampler import SamplerOwner, TinkerSampler
+from .spending import Spending
+from .watching import watch
 from .wire import adam_params, explain, native_form, wire_datum
 
 if TYPE_CHECKING:
@@ -41,7 +43,10 @@ class _Saved(Protocol):
 class Owner(SamplerOwner, Protocol):
     """What a session needs of its backend."""
 
-    trained_tokens: int
+    @property
+    def ttl_s(self) -> int | None:
+        """How long the service keeps checkpoints."""
+        ...
 
     def vocab_size(self, base_model: str) -> int:
         """Tokens of a base model."""
@@ -76,8 +81,12 @@ class TinkerSession:
     Crucible server; what another service does with a step that was submitted ahead of such a failure is its own affair.
     """
 
-    def __init__(self, backend: Owner, client: tinker.TrainingClient, base_model: str, lora: LoraConfig, step: int = 0) -> None:
+    def __init__(  # noqa: PLR0917 - the first five are what a session is
+        self, backend: Owner, client: tinker.TrainingClient, base_model: str, lora: LoraConfig, step: int = 0, spending: Spending | None = None
+    ) -> None:
         self._backend, self._client, self._base_model, self._lora, self._step = backend, client, base_model, lora, step
+        self.spending = spending or backend.spending
+        watch(client, client.model_id)
         self._line = Line("tinker", backend.pending)
         self._names: dict[str, int] = {}
         self._sent: list[Callable[[], list[types.Datum]]] = []
@@ -88,6 +97,11 @@ class TinkerSession:
         self._backend.check_open()
         if self._closed:
             raise SessionClosedError(f"The session on {self._base_model!r} is closed. Start one with backend.train(...) or backend.resume(...).")
+
+    @property
+    def run(self) -> str:
+        """The service's name of the training run."""
+        return str(self._client.model_id)
 
     # ---------------------------------------------------------------------------------------------------------- passes
     def _rows(self, loss: Loss, batch: Batch) -> list[NDArray[np.int64]]:
@@ -123,6 +137,7 @@ class TinkerSession:
 
         def finish(output: types.ForwardBackwardOutput) -> StepOutput:
             made, _ = self._applied(loss, batch, _masked(loss, batch, output, self._rows(loss, batch)), grad=False)
+            self.spending.add(trained=batch.tokens)
             events.emit("training.forward", examples=len(batch.data), tokens=batch.tokens)
             return made
 
@@ -146,7 +161,7 @@ class TinkerSession:
 
         def finish(output: types.ForwardBackwardOutput) -> StepOutput:
             made = found[0] if found else self._applied(loss, batch, _masked(loss, batch, output, self._rows(loss, batch)), grad=False)[0]
-            self._backend.trained_tokens += batch.tokens
+            self.spending.add(trained=batch.tokens * (2 if found else 1))
             duration_s = time.perf_counter() - started
             events.emit("training.forward_backward", examples=len(batch.data), tokens=batch.tokens, loss=made.loss, duration_s=duration_s)
             return made
@@ -221,13 +236,13 @@ class TinkerSession:
         self._check_open()
         if not name or kind not in ("state", "sampler"):
             raise ConfigError(f"A checkpoint cannot be called {name!r} with kind {kind!r}; expected a name and 'state' or 'sampler'.")
-        path = self._free_name(name)
+        path, ttl_s = self._free_name(name), self._backend.ttl_s
 
         def begin() -> Future[_Saved]:
             if kind == "state":
-                return cast("Future[_Saved]", self._client.save_state(path).future())
-            saving = self._client.save_weights_for_sampler(path).future()
-            self._client.save_weights_external(path).result()
+                return cast("Future[_Saved]", self._client.save_state(path, ttl_seconds=ttl_s).future())
+            saving = self._client.save_weights_for_sampler(path, ttl_seconds=ttl_s).future()
+            self._client.save_weights_external(path, ttl_seconds=ttl_s).result()
             return cast("Future[_Saved]", saving)
 
         def finish(response: _Saved) -> Checkpoint:
@@ -243,13 +258,18 @@ class TinkerSession:
         """The weights as they stand after the requests so far."""
         self._check_open()
         ready = self._line.submit("the request sampler", lambda: self._client.save_weights_and_get_sampling_client().future(), lambda client: client)
-        return TinkerSampler(self._backend, f"{self._base_model}/{self._client.model_id}", self._base_model, ready)
+        return TinkerSampler(self._backend, f"{self._base_model}/{self._client.model_id}", self._base_model, ready, self.spending)
 
     def close(self) -> None:
         """Requests submitted before still run; later ones raise SessionClosedError."""
         self._closed = True
 
     def finish(self) -> None:
-        """Waits for what was submitted, and ends the threads."""
+        """Waits for what was submitted, ends the threads, and says what the run used."""
         self._closed = True
         self._line.close()
+        spent = self.spending
+        events.emit(
+            "tinker.spending", model=self.run, trained_tokens=spent.trained_tokens, prompt_tokens=spent.prompt_tokens,
+            sampled_tokens=spent.sampled_tokens, cost_usd=spent.cost_usd,
+        )  # fmt: skip

@@ -171,7 +171,10 @@ def explain(error: BaseException, doing: str, examples: Sequence[str] = ()) -> B
         examples: the ids of the request's data.
     """
     import tinker
+    from tinker.lib.retryable_exception import RetryableException
 
+    if isinstance(error, RetryableException):
+        return SessionClosedError(f"The service has lost {doing}: {error} Go on from the last checkpoint, or connect with recovery=Recovery().")
     if isinstance(error, CrucibleError) or not isinstance(error, (tinker.TinkerError, ValueError, RuntimeError)):
         return error
     if isinstance(error, tinker.RequestFailedError):

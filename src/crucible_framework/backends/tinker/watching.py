@@ -1,0 +1,61 @@
+"""What the SDK does by itself while a request waits, as events: queue states and retries.
+
+The SDK has no public hook for these. What is used here is checked for being there, and left out where another version has it not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from ... import events
+
+if TYPE_CHECKING:
+    import tinker
+
+__all__ = ["watch"]
+
+
+def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> None:
+    """From now on the client's waits and retries are the events `tinker.queue_state` and `tinker.retry`.
+
+    Args:
+        client: of the SDK.
+        name: of the run or sampler, for the events.
+    """
+    states: Any = getattr(client, "_queue_state_logger", client)
+    if hasattr(states, "on_queue_state_change") and not hasattr(states, "crucible_watched"):
+        told: Callable[..., None] = states.on_queue_state_change
+        last = ""
+
+        def on_queue_state_change(state: Any, reason: str | None = None) -> None:
+            nonlocal last
+            if (now := str(getattr(state, "value", state))) != last:
+                events.emit("tinker.queue_state", model=name, state=now, reason=reason or "")
+            last = now
+            told(state, reason)
+
+        states.on_queue_state_change, states.crucible_watched = on_queue_state_change, True
+    holder: Any = getattr(client, "holder", None)
+    retried: Callable[..., Awaitable[Any]] | None = getattr(holder, "execute_with_retries", None)
+    if retried is None or getattr(holder, "crucible_watched", False):
+        return
+
+    async def execute_with_retries(func: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Any:
+        attempt = 0
+
+        async def once(*given: Any, **named: Any) -> Any:
+            nonlocal attempt
+            attempt += 1
+            try:
+                return await func(*given, **named)
+            except Exception as error:
+                status = getattr(error, "status_code", None)
+                again = bool(holder._is_retryable_exception(error)) if hasattr(holder, "_is_retryable_exception") else False
+                events.emit("tinker.retry", model=name, attempt=attempt, error=type(error).__name__, status=status, again=again)
+                raise
+
+        return await retried(once, *args, **kwargs)
+
+    holder.execute_with_retries = execute_with_retries
+    holder.crucible_watched = True
