@@ -36,6 +36,12 @@ class ServerProcess:
         self.url = self._process.stdout.readline().strip()
         assert self.url.startswith("http://127.0.0.1:"), "the server did not start"
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that it held at once."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
     def end(self, number: int = signal.SIGTERM) -> None:
         """Sends a signal to this process and waits."""
         if self._process.poll() is None:

@@ -59,6 +59,7 @@ def test_requests_by_the_document(raw: Raw) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_five_thousand_requests_by_the_document(raw: Raw) -> None:
     assert fuzz(raw, 110) >= 5000
 
@@ -230,6 +231,7 @@ def test_lives(serving: Serving) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_many_lives(serving: Serving) -> None:
     live(serving, 150, 40)
 

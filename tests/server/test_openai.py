@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,9 +12,15 @@ import openai
 import pytest
 import tinker
 
+from crucible_framework.backends.fake import FakeBackend
+from crucible_framework.files import publish, read_manifest
+from crucible_framework.losses import resolve
+from crucible_framework.records import AdamConfig, LoraConfig
 from crucible_framework.server import Serving
+from crucible_framework.store import Models
+from crucible_framework.testing import make_batch
 
-from .conftest import Raw
+from .conftest import Raw, Start
 from .test_sdk import losses
 
 
@@ -101,6 +109,50 @@ def test_wrong_requests(client: openai.OpenAI, change: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 2, **change}
     with pytest.raises(openai.BadRequestError):
         client.completions.create(**settings)
+
+
+def test_rivals(client: openai.OpenAI) -> None:
+    """The likeliest tokens at each place, with echo of the prompt's too, as harnesses read whether an answer is greedy."""
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 3, "seed": 1}
+    drawn = client.completions.create(**asked, temperature=0.0, logprobs=2, echo=True).choices[0].logprobs
+    assert drawn.top_logprobs[0] is None
+    assert len(drawn.top_logprobs) == len(drawn.tokens) == 9
+    for token, value, rivals in list(zip(drawn.tokens, drawn.token_logprobs, drawn.top_logprobs, strict=True))[1:]:
+        assert 2 <= len(rivals) <= 3
+        assert rivals[token] == pytest.approx(value, abs=1e-4)
+    for token, rivals in list(zip(drawn.tokens, drawn.top_logprobs, strict=True))[6:]:
+        assert rivals[token] == max(rivals.values()), "greedy"
+    chat = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=3, seed=1, logprobs=True, top_logprobs=4)
+    scores = chat.choices[0].logprobs
+    assert scores is not None
+    for one in scores.content or ():
+        values = [other.logprob for other in one.top_logprobs]
+        assert len(values) == 4
+        assert values == sorted(values, reverse=True)
+
+
+def test_registered_adapters_are_models(start: Start, tmp_path: Path) -> None:
+    """By name, version or stage; listed for everybody; no registry, no such model."""
+    with FakeBackend() as engine:
+        session = engine.train("tiny", LoraConfig(rank=4, dropout=0.0))
+        for _ in range(5):
+            session.forward_backward(make_batch(), resolve("cross_entropy"))
+            session.optim_step(AdamConfig(lr=0.1)).result()
+        made = session.save("first").result()
+        folder = tmp_path / "files"
+        publish(folder, lambda into: engine.download(made, into))
+        models = Models(tmp_path / "registry")
+        models.register(replace(made, local_path=folder, sha256=read_manifest(folder).sha256), "mine")
+        models.promote("mine:1")
+    serving = start(registry=tmp_path / "registry")
+    with openai.OpenAI(base_url=f"{serving.url}/v1", api_key="any", max_retries=0) as client:
+        assert "mine:1" in {one.id for one in client.models.list()}
+        ask: dict[str, Any] = {"prompt": "hello", "max_tokens": 1, "temperature": 0.0, "logprobs": 0}
+        names = ("mine", "mine:1", "mine@production", "tiny")
+        values = [client.completions.create(model=name, **ask).choices[0].logprobs.token_logprobs[0] for name in names]
+        assert values[0] == values[1] == values[2] != values[3]
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(model="mine:7", **ask)
 
 
 def test_chat_refusals(raw: Raw) -> None:

@@ -19,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from tinker import types
 from tinker.proto import request_conv, response_conv
 from tinker.proto import tinker_public_pb2 as pb
+from tinker.types._pydantic_types.tensor_data import TensorData as WireTensor
 
 from crucible_framework.cli import serve as command
 from crucible_framework.cli.reply import Reply
@@ -26,6 +27,7 @@ from crucible_framework.errors import AuthError, CapabilityError, ConfigError, C
 from crucible_framework.records import Completion, LoraConfig, StepOutput
 from crucible_framework.server import Keys, ServeConfig
 from crucible_framework.server.ledger import Answer, Gate, failure
+from crucible_framework.server.looks import wanted_targets
 from crucible_framework.server.metrics import prometheus
 from crucible_framework.server.shelf import Run, Shelf, path_parts
 from crucible_framework.server.wire import TopK, datum_of, encode_pass, encode_sample, metric_name, prompt_of, sampling_params, tensor_of
@@ -69,7 +71,13 @@ def test_samples_come_back_as_they_were() -> None:
     top = TopK(ids=np.array([[1, 2], [3, 4]], dtype=np.int32), logprobs=np.array([[-1, -2], [-3, -4]], dtype=np.float32))
     scores = np.array([np.nan, -1, -2], dtype=np.float32)
     seen = response_conv.deserialize_sample_response(
-        encode_sample([one], prompt_logprobs=scores, prompt_top=top, sample_tops=[top], targets=np.ones((2, 1), dtype=np.float32))
+        encode_sample(
+            [one],
+            prompt_logprobs=scores,
+            prompt_top=top,
+            sample_tops=[top],
+            targets=(wanted_targets(WireTensor(data=[1, 2], dtype="int64", shape=[2, 1]), 3), np.ones(2, dtype=np.float32)),
+        )
     )
     assert list(seen.sequences[0].tokens) == [1, 2]
     assert seen.sequences[0].stop_reason == "stop"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +17,7 @@ from tinker import types
 
 from crucible_framework.server import Serving
 
-from .conftest import Raw
+from .conftest import Raw, Start
 from .test_sdk import losses
 
 
@@ -114,26 +116,66 @@ def test_expired_checkpoints_are_gone(raw: Raw) -> None:
     assert raw.get("sessions/s-none/trace_export").status_code == 404
 
 
-def command(url: str, folder: Path, *words: str) -> str:
+def command(url: str, folder: Path, *words: str, key: str = "tml-local", form: str = "json", given: str | None = None) -> str:
     """What the SDK's command prints."""
     script = "from tinker.cli.__main__ import cli; cli()"
-    env = {"TINKER_BASE_URL": url, "TINKER_API_KEY": "tml-local", "HOME": str(folder), "PATH": "/usr/bin:/bin", "TINKER_TELEMETRY": "0"}
-    done = subprocess.run([sys.executable, "-c", script, "-f", "json", *words], capture_output=True, text=True, env=env, cwd=folder, check=False)
+    env = {"TINKER_BASE_URL": url, "TINKER_API_KEY": key, "HOME": str(folder), "PATH": "/usr/bin:/bin", "TINKER_TELEMETRY": "0"}
+    if not key:
+        del env["TINKER_API_KEY"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "-f", form, *words], capture_output=True, text=True, env=env, cwd=folder, check=False, input=given
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
-def test_command_line(serving: Serving, training: tinker.TrainingClient, tmp_path: Path) -> None:
-    """`tinker` lists, shows, downloads, publishes and deletes."""
-    state = training.save_state("state").result().path
-    assert json.loads(command(serving.url, tmp_path, "run", "list"))["runs"][0]["training_run_id"] == training.model_id
-    assert state in command(serving.url, tmp_path, "checkpoint", "list")
+@pytest.mark.timeout(900)
+def test_command_line(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of `tinker` but push-hf, which needs the hub."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    serving = start(client={"pjwt_auth_enabled": True})
+    service = tinker.ServiceClient(base_url=serving.url, api_key="tml-local", user_metadata={"a": "b"})
+    training = service.create_lora_training_client("tiny", rank=4, seed=1).result()
+    losses(training, 1)
+    state = training.save_state("state", user_metadata={"step": "1"}).result().path
+    weights = training.save_weights_for_sampler("weights").result().path
+    run, session = training.model_id, training.model_id.partition(":")[0]
+
+    def ask(*words: str) -> Any:
+        return json.loads(command(serving.url, tmp_path, *words) or "null")
+
+    assert "0.38" in command(serving.url, tmp_path, "version", form="table")
+    assert ask("auth", "whoami")["user_urn"] == "crucible:user:local"
+    assert {one["model_name"] for one in ask("model", "list")["models"]} == {"tiny", "fake"}
+    assert ask("run", "list")["runs"][0]["training_run_id"] == run
+    assert ask("run", "info", run)["base_model"] == "tiny"
+    assert {one["tinker_path"] for one in ask("checkpoint", "list")["checkpoints"]} == {state, weights}
+    assert state in command(serving.url, tmp_path, "checkpoint", "list", "--run-id", run)
+    assert state in command(serving.url, tmp_path, "checkpoint", "info", state)
+    command(serving.url, tmp_path, "checkpoint", "publish", state)
+    assert '"public": true' in command(serving.url, tmp_path, "checkpoint", "info", state).lower().replace("yes", "true")
+    command(serving.url, tmp_path, "checkpoint", "unpublish", state)
+    command(serving.url, tmp_path, "checkpoint", "set-ttl", state, "--ttl", "3600")
+    command(serving.url, tmp_path, "checkpoint", "set-ttl", state, "--remove")
     command(serving.url, tmp_path, "checkpoint", "download", state, "--output", str(tmp_path / "got"))
-    (weights,) = (tmp_path / "got").rglob("adapter_model.safetensors")
-    assert all(".lora_" in name for name in load_file(weights))
+    (adapter,) = (tmp_path / "got").rglob("adapter_model.safetensors")
+    assert all(".lora_" in name for name in load_file(adapter))
+    assert ask("session", "export-trace", session, "--url-only")["url"].startswith(serving.url)
+    command(serving.url, tmp_path, "session", "export-trace", session, "--output", str(tmp_path / "trace.json"))
+    assert {row["name"] for row in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]} >= {"create_model", "optim_step"}
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    used = command(serving.url, tmp_path, "billing", "usage", hour.isoformat(), (hour + timedelta(hours=1)).isoformat())
+    assert "training" in used
+    assert "2" in command(serving.url, tmp_path, "billing", "checkpoint-storage")
     command(serving.url, tmp_path, "checkpoint", "delete", state, "-y")
     assert state not in command(serving.url, tmp_path, "checkpoint", "list")
+    command(serving.url, tmp_path, "checkpoint", "delete", "--run-id", run, "-y")
+    assert ask("checkpoint", "list")["checkpoints"] == []
+    command(serving.url, tmp_path, "auth", "login", form="table", key="", given="tml-local\n")
+    assert ask("run", "list")["runs"]
+    command(serving.url, tmp_path, "auth", "logout", form="table", key="")
+    service.close("success").result()
 
 
 def test_weights_that_are_loaded_into_a_model(training: tinker.TrainingClient) -> None:

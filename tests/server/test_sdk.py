@@ -16,7 +16,9 @@ from tinker import types
 
 from crucible_framework.backends import connect
 from crucible_framework.data import ByteTokenizer
-from crucible_framework.server import ServeConfig, serve
+from crucible_framework.server import ServeConfig, Serving, serve
+
+from .conftest import Start
 
 IDS = list(b"hello world, hello world")
 PROMPT = types.ModelInput.from_ints(IDS[:6])
@@ -236,15 +238,18 @@ def test_no_stop_at_all(service: tinker.ServiceClient) -> None:
     assert {one.stop_reason for one in ended} == {"stop", "length"}, "some end by themselves"
 
 
-def test_likeliest_tokens(service: tinker.ServiceClient, training: tinker.TrainingClient) -> None:
-    """Top-k of the prompt and of the answer on a base model; refused for an adapter."""
-    base = service.create_sampling_client(base_model="tiny").result()
+@pytest.mark.parametrize("adapted", [False, True])
+def test_likeliest_tokens(service: tinker.ServiceClient, training: tinker.TrainingClient, *, adapted: bool) -> None:
+    """Top-k of the prompt and of the answer, on a base model and on an adapter."""
+    losses(training, 2)
+    sampler = training.save_weights_and_get_sampling_client().result() if adapted else service.create_sampling_client(base_model="tiny").result()
     params = types.SamplingParams(max_tokens=4, seed=1, temperature=0.5)
-    made = base.sample(PROMPT, 2, params, include_prompt_logprobs=True, topk_prompt_logprobs=261 // 3, topk_sample_logprobs=5).result()
+    made = sampler.sample(PROMPT, 2, params, include_prompt_logprobs=True, topk_prompt_logprobs=261 // 3, topk_sample_logprobs=5).result()
     scores, top = made.prompt_logprobs, made.topk_prompt_logprobs_np
     assert scores is not None
     assert top is not None
     assert top.token_ids.shape == (6, 87)
+    assert (top.logprobs[0] == -99999.0).all()
     seen = 0
     for place in range(1, 6):
         likeliest = dict(zip(top.token_ids[place].tolist(), top.logprobs[place].tolist(), strict=True))
@@ -261,9 +266,81 @@ def test_likeliest_tokens(service: tinker.ServiceClient, training: tinker.Traini
             assert logprob <= max(row.values()) + 1e-5
             if token in row:
                 assert row[token] == pytest.approx(logprob, abs=1e-4)
+
+
+def test_log_probs_of_given_tokens(service: tinker.ServiceClient, training: tinker.TrainingClient) -> None:
+    """Dense and sparse cells come back in their layout; a cell of −1 asks nothing; the prompt's own tokens have its own log-probs."""
+    losses(training, 2)
     sampler = training.save_weights_and_get_sampling_client().result()
-    with pytest.raises(tinker.RequestFailedError, match="base models only"):
-        sampler.sample(PROMPT, 1, params, topk_sample_logprobs=2).result()
+    own = np.array([[token, -1, 7] for token in IDS[1:6]])
+    params = types.SamplingParams(max_tokens=1, seed=1)
+    made = sampler.sample(PROMPT, 1, params, include_prompt_logprobs=True, target_prompt_logprobs=types.TensorData.from_numpy(own)).result()
+    assert made.target_prompt_logprobs is not None
+    dense = np.array(made.target_prompt_logprobs.data).reshape(5, 3)
+    assert dense[:, 0] == pytest.approx(np.array(made.prompt_logprobs[1:], dtype=np.float64), abs=1e-4)  # type: ignore[index]
+    assert (dense[:, 1] == 0).all()
+    sparse = types.TensorData(data=[IDS[2], 7], dtype="int64", shape=[5, 3], sparse_crow_indices=[0, 0, 1, 1, 2, 2], sparse_col_indices=[0, 2])
+    answer = sampler.sample(PROMPT, 1, params, target_prompt_logprobs=sparse).result().target_prompt_logprobs
+    assert answer is not None
+    assert (answer.sparse_crow_indices, answer.sparse_col_indices) == ([0, 0, 1, 1, 2, 2], [0, 2])
+    assert np.array(answer.data) == pytest.approx(np.array([dense[1, 0], dense[3, 2]]), abs=1e-5)
+    for wrong in (own[:-1], own + 5000, own.astype(np.float32)):
+        with pytest.raises((tinker.RequestFailedError, tinker.BadRequestError, ValueError)):
+            sampler.sample(PROMPT, 1, params, target_prompt_logprobs=types.TensorData.from_numpy(wrong)).result()
+
+
+def test_draws_beside_the_prompt(service: tinker.ServiceClient) -> None:
+    """Independent draws at each position after the first, with their log-probs, as often as their chances say."""
+    base = service.create_sampling_client(base_model="tiny").result()
+    params = types.SamplingParams(max_tokens=1, seed=5)
+    made = base.sample(PROMPT, 1, params, prompt_alt_tokens_k=128, topk_prompt_logprobs=1).result()
+    assert made.prompt_alt_tokens is not None
+    tokens, scores = (np.array(part.data).reshape(5, 128) for part in (made.prompt_alt_tokens.tokens, made.prompt_alt_tokens.logprobs))
+    best = made.topk_prompt_logprobs_np
+    assert best is not None
+    for place in range(5):
+        assert scores[place].max() <= best.logprobs[place + 1, 0] + 1e-5
+        hit = (tokens[place] == best.token_ids[place + 1, 0]).mean()
+        assert abs(hit - np.exp(best.logprobs[place + 1, 0])) < 0.2
+    again = base.sample(PROMPT, 1, params, prompt_alt_tokens_k=128).result().prompt_alt_tokens
+    assert again is not None
+    assert list(again.tokens.data) == list(made.prompt_alt_tokens.tokens.data)
+
+
+@pytest.mark.parametrize("flag", ["sample_use_retrieve_futures", "pjwt_auth_enabled", "proto_compress_fwdbwd"])
+def test_what_the_sdk_can_switch_on(start: Start, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    """Waiting for all of a sampler's requests at once, tokens instead of keys, packed bodies: the same answers."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    service = tinker.ServiceClient(base_url=start(client={flag: True}).url, api_key="tml-local")
+    client = service.create_lora_training_client("tiny", rank=4, seed=1).result()
+    seen = losses(client, 3)
+    sampler = client.save_weights_and_get_sampling_client().result()
+    asked = [sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=3, seed=i)) for i in range(20)]
+    assert all(one.result().sequences[0].tokens for one in asked)
+    assert seen[-1] < seen[0]
+    with pytest.raises(tinker.RequestFailedError):
+        sampler.sample(types.ModelInput.from_ints([10**6]), 1, types.SamplingParams(max_tokens=3)).result()
+    service.close("success").result()
+
+
+def test_weights_are_copied(serving: Serving, training: tinker.TrainingClient, service: tinker.ServiceClient) -> None:
+    """Into a project, or into the client's own, each once; a copy trains on to the numbers of its source."""
+    losses(training, 2)
+    path = training.save_state("source").result().path
+    expected = losses(training, 2)
+    rest = tinker.RestClient(base_url=serving.url, api_key="tml-local")
+    copy = rest.copy_weights(path, "mine").result()
+    assert copy != path
+    assert losses(service.create_training_client_from_state_with_optimizer(copy).result(), 2) == expected
+    assert [one.training_run_id for one in rest.list_training_runs(project_id="mine").result().training_runs] == [copy.split("/")[2]]
+    own = tinker.ServiceClient(base_url=serving.url, api_key="tml-local", project_id="other")
+    assert own.copy_weights(path).result() not in (copy, path)
+    session = training.model_id.partition(":")[0]
+    rest.assign_session_project(session, "third").result()
+    assert training.model_id in {one.training_run_id for one in rest.list_training_runs(project_id="third").result().training_runs}
+    own.close("success").result()
+    audit = tinker.AdminClient(base_url=serving.url, api_key="tml-local").get_audit_log().result()
+    assert [entry.event for entry in audit.entries] == ["checkpoint.copied", "checkpoint.copied", "project.session_assigned"]
 
 
 def test_many_samples_at_once(service: tinker.ServiceClient) -> None:

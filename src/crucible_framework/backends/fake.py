@@ -13,7 +13,7 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -249,6 +249,10 @@ class FakeSampler:
     def __init__(self, backend: FakeBackend, model: str, logits: Callable[[], Logits]) -> None:
         self._backend, self.model, self._logits = backend, model, logits
 
+    def logits(self, tokens: Tokens) -> Tensor:
+        """[T, V] after each of tokens [T]."""
+        return self._logits()(tokens)
+
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:
         """`n` completions. `tokens` and `logprobs` hold all that was drawn, the stop too; `text` ends before it.
 
@@ -383,6 +387,15 @@ class FakeBackend:
         for name, blob in blobs.items():
             write_atomic(to / name, blob)
         return replace(checkpoint, local_path=to, size_bytes=sum(map(len, blobs.values())))
+
+    def look(self, sampler: FakeSampler, rows: Sequence[Sequence[int]], seen: Callable[[int, int, Tensor], None]) -> Future[None]:
+        """Shows `seen` the logits after each token of each row: (row, first position, fp32 [t, V])."""
+
+        def show() -> None:
+            for place, row in enumerate(rows):
+                seen(place, 0, sampler.logits(np.array(row)))
+
+        return self.submit(show)
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """Frees what memory holds of a checkpoint."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -17,6 +18,7 @@ from ..errors import UnsafeError
 from ..server import ServeConfig, keys_of
 from ..server import serve as run_server
 from ..server.hosts import is_loopback
+from ..sinks import to_jsonl
 from .reply import Reply
 
 __all__ = ["register"]
@@ -27,7 +29,8 @@ Models = Annotated[list[str] | None, Parameter(name="--model", help="A base mode
 
 def serve(
     config: Path | None = None, /, *, host: str | None = None, port: int | None = None, folder: Path | None = None, model: Models = None,
-    backend: str = "local", verbose: bool = False, ui: bool | None = None,
+    backend: str = "local", verbose: bool = False, ui: bool | None = None, registry: Path | None = None,
+    durable: Literal["checkpoint", "step"] | None = None,
 ) -> Reply:  # fmt: skip
     """Serve models over the Tinker protocol and an OpenAI-compatible one, until Ctrl-C.
 
@@ -38,9 +41,18 @@ def serve(
         folder: runs, checkpoints and keys.
         backend: local or fake.
         ui: the dashboard at the same address; by default where only this machine can ask and no key is needed.
-        verbose: says every few seconds who is there and what waits.
+        verbose: says every few seconds who is there, what waits, and how many tokens a second are trained and drawn.
+        registry: the folder of a model registry whose versions OpenAI clients may ask.
+        durable: "step": live sessions survive a kill of the server; "checkpoint": checkpoints do.
     """
-    flags: dict[str, object] = {"host": host, "port": port, "folder": folder, "models": tuple(model) if model else None}
+    flags: dict[str, object] = {
+        "host": host,
+        "port": port,
+        "folder": folder,
+        "models": tuple(model) if model else None,
+        "registry": registry,
+        "durable": durable,
+    }
     given = {key: value for key, value in flags.items() if value is not None}
     chosen = from_dict(ServeConfig, merge(load_toml(config) if config else {}, given))
     shown, ends = _shown(ui, chosen), list[Callable[[], None]]()
@@ -54,9 +66,9 @@ def serve(
         ends.append(end)
         return both
 
-    with connect(backend) as engine, run_server(engine, chosen, background=False, front=front) as server:
+    with logged(chosen.folder / "log.jsonl"), connect(backend) as engine, run_server(engine, chosen, background=False, front=front) as server:
         keys = "keys are needed" if keys_of(chosen).list() else "open to programs on this machine"
-        print(f"Serving {backend} at {server.url} ({keys}). Ctrl-C ends it.", file=sys.stderr, flush=True)
+        print(f"Serving {backend} at {server.url} ({keys}; durable per {chosen.durable}). Ctrl-C ends it.", file=sys.stderr, flush=True)
         if shown:
             print(f"  Dashboard: {server.url}/", file=sys.stderr, flush=True)
         print(f"  export TINKER_BASE_URL={server.url} TINKER_API_KEY=tml-local", file=sys.stderr, flush=True)
@@ -84,6 +96,16 @@ def _shown(ui: bool | None, chosen: ServeConfig) -> bool:
             f"The dashboard was asked for on {chosen.host!r}, which others can reach, and it knows no keys. Serve on 127.0.0.1, or leave out --ui."
         )
     return own and not keys_of(chosen).active() if ui is None else ui
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """The server's events of the block as JSON lines, with the id of each request."""
+    end = to_jsonl(path)
+    try:
+        yield
+    finally:
+        end()
 
 
 def _watch(status: Callable[[], str], done: threading.Event) -> None:

@@ -1,6 +1,7 @@
 """An OpenAI-compatible door to the same models: /v1/models, /v1/completions and /v1/chat/completions, whole or as server-sent events.
 
-`model` is a base model's name or a `tinker://` path of a sampler's or a training checkpoint. A streamed answer is sent when it is whole, in
+`model` is a base model's name, a `tinker://` path of a sampler's or a training checkpoint, or a version in the registry ("name", "name:2",
+"name@production"). A streamed answer is sent when it is whole, in
 one piece per choice: backends answer whole. This file does not know training.
 """
 
@@ -19,12 +20,16 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from ..data.tokens import render_prompt
-from ..errors import BackendError, CapabilityError, CrucibleError, DataError, ServiceError
+from ..errors import BackendError, CapabilityError, ConfigError, CrucibleError, DataError, NotFoundError, ServiceError
 from ..protocols import Sampler, Tokenizer
-from ..records import Completion, Message, Prompt, SamplingParams
+from ..records import Completion, Message, ModelVersion, Prompt, SamplingParams
+from ..store import Models
 from .desk import Desk
 from .http import Endpoint, body_of, json_response, parsed
 from .ledger import JSON, Answer
+from .looks import MASKED, Look, Tails
+from .sampling import shown
+from .wire import TopK
 
 __all__ = ["ChatRequest", "OpenAiApi", "TextRequest"]
 
@@ -80,7 +85,7 @@ class ChatRequest(_Asked):
 
     messages: Annotated[list[_Turn], Field(min_length=1)]
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=2**20)] = None
 
 
@@ -117,25 +122,50 @@ class OpenAiApi:
 
         def read() -> list[dict[str, object]]:
             bases = [{"id": name, "object": "model", "created": 0, "owned_by": "base"} for name in self._desk.config.listed]
+            registered = [] if self._desk.config.registry is None else Models(self._desk.config.registry).list()
+            bases += [{"id": f"{one.name}:{one.version}", "object": "model", "created": int(one.created_at), "owned_by": "registry"} for one in registered]
             stored = [one for run in self._desk.shelf.runs(tenant) for one in self._desk.shelf.checkpoints(run.id) if one.kind != "external_weights"]
             return [*bases, *({"id": one.path, "object": "model", "created": int(one.created_at), "owned_by": tenant} for one in stored)]
 
         return json_response({"object": "list", "data": await asyncio.to_thread(read)})
 
+    def _registered(self, reference: str) -> ModelVersion | None:
+        """The registry's version of that name, where there is one."""
+        if self._desk.config.registry is None or reference.startswith("tinker://"):
+            return None
+        try:
+            return Models(self._desk.config.registry).get(reference)
+        except (NotFoundError, ConfigError):
+            return None
+
     async def _sampler(self, model: str, tenant: str) -> tuple[Sampler, Tokenizer]:
         """The model's sampler and tokenizer; the last few stay open."""
+        version = await asyncio.to_thread(self._registered, model)
         path = model if model.startswith("tinker://") else None
-        if path is not None:
-            self._desk.readable(path, tenant)  # each time: it may have been deleted or hidden
-        key = (tenant, model)
+        if version is not None:
+            key = ("", f"{version.name}:{version.version}")
+        else:  # a checkpoint is looked up each time: it may have been deleted, hidden or overwritten
+            key = (tenant, model if path is None else f"{path} {(await asyncio.to_thread(self._desk.readable, path, tenant)).sha256}")
         if key not in self._open:
-            sampler, _, base = await self._desk.open_sampler(tenant, base_model=None if path else model, path=path)
+            if version is not None:
+                base = version.checkpoint.base_model
+                sampler: Sampler = await asyncio.to_thread(self._desk.backend.sampler, version.checkpoint)
+            else:
+                sampler, _, base = await self._desk.open_sampler(tenant, base_model=None if path else model, path=path)
             self._open[key] = sampler, base
             while len(self._open) > KEPT:
                 self._open.popitem(last=False)
         self._open.move_to_end(key)
         sampler, base = self._open[key]
         return sampler, await asyncio.to_thread(self._desk.backend.tokenizer, base)
+
+    async def _tops(self, sampler: Sampler, prompt: tuple[int, ...], found: Sequence[Completion], k: int, params: SamplingParams) -> list[TopK | None]:
+        """The k likeliest tokens at each drawn token."""
+        if not k:
+            return [None] * len(found)
+        tails = Tails(len(prompt), k, params.temperature, [len(one.tokens) for one in found])
+        await shown(self._desk.backend, sampler, [(*prompt, *one.tokens[:-1]) for one in found], tails)
+        return list(tails.tops)
 
     async def _drawn(self, tenant: str, sampler: Sampler, prompt: Prompt, params: SamplingParams, n: int) -> tuple[Completion, ...]:
         """The completions, in the tenant's turn."""
@@ -177,11 +207,17 @@ class OpenAiApi:
         for found, ids in zip(await asyncio.gather(*(self._drawn(tenant, sampler, ids, params, n) for ids in prompts)), prompts, strict=True):
             prompt_tokens += len(ids)
             scores: tuple[float, ...] = ()
+            look = Look(ids, first=1, top_k=(asked.logprobs or 0) if asked.echo else 0, alternatives=0, params=params, targets=None)
             if asked.echo and asked.logprobs is not None and len(ids) > 1:
                 scores = await asyncio.wrap_future(sampler.compute_logprobs(ids[:1], ids[1:]))
-            for one in found:
+                if look.wants:
+                    await shown(self._desk.backend, sampler, [ids], look)
+            tops = await self._tops(sampler, ids, found, asked.logprobs or 0, params)
+            for one, top in zip(found, tops, strict=True):
                 drawn += len(one.tokens)
-                choices.append(_text_choice(len(choices), one, tokenizer, asked=asked, prompt=ids, scores=scores))
+                before = _named(look.top, tokenizer, len(ids)) if asked.echo else []
+                rivals = [*before, *_named(top, tokenizer, len(one.tokens))]
+                choices.append(_text_choice(len(choices), one, tokenizer, asked=asked, prompt=ids, scores=scores, rivals=rivals))
         whole = _whole("text_completion", asked.model, choices, prompt_tokens, drawn)
         return _streamed(whole, choices) if asked.stream else json_response(whole)
 
@@ -189,8 +225,8 @@ class OpenAiApi:
     async def chat(self, request: Request, tenant: str) -> Response:
         """Answers a conversation."""
         asked = parsed(ChatRequest, await body_of(request, self._desk.config.body_bytes))
-        if asked.top_logprobs:
-            raise CapabilityError(f"top_logprobs is {asked.top_logprobs}; this server gives the log-probs of drawn tokens only. Leave it out.")
+        if asked.top_logprobs and not asked.logprobs:
+            raise DataError(f"top_logprobs is {asked.top_logprobs} without logprobs; expected logprobs to be true. Set it.")
         sampler, tokenizer = await self._sampler(asked.model, tenant)
         if tokenizer.chat_template is None:
             raise BackendError(f"The model {asked.model!r} has no chat template. Use /v1/completions.")
@@ -199,7 +235,11 @@ class OpenAiApi:
             asked.max_tokens = asked.max_completion_tokens
         params = asked.params(self._desk.config.max_tokens, self._desk.config.max_tokens)
         found = await self._drawn(tenant, sampler, ids, params, asked.n or 1)
-        choices = [_chat_choice(place, one, tokenizer, logprobs=bool(asked.logprobs)) for place, one in enumerate(found)]
+        tops = await self._tops(sampler, ids, found, asked.top_logprobs or 0, params)
+        choices = [
+            _chat_choice(place, one, tokenizer, rivals=_ranked(top, tokenizer, len(one.tokens)) if asked.logprobs else None)
+            for place, (one, top) in enumerate(zip(found, tops, strict=True))
+        ]
         whole = _whole("chat.completion", asked.model, choices, len(ids), sum(len(one.tokens) for one in found))
         return _streamed(whole, choices) if asked.stream else json_response(whole)
 
@@ -224,8 +264,28 @@ def _finish(one: Completion) -> str:
     return "stop" if one.stop_reason == "stop" else "length"
 
 
+def _ranked(top: TopK | None, tokenizer: Tokenizer, count: int) -> list[list[tuple[str, float]]]:
+    """Per position the texts and log-probs of its likeliest tokens; a masked row has none."""
+    if top is None:
+        return [[]] * count
+    rows = zip(top.ids.tolist(), top.logprobs.tolist(), strict=True)
+    return [[(tokenizer.decode([token]), value) for token, value in zip(ids, values, strict=True) if value > MASKED] for ids, values in rows]
+
+
+def _named(top: TopK | None, tokenizer: Tokenizer, count: int) -> list[Mapping[str, float]]:
+    """The same by text; the likelier of two tokens that read alike."""
+    return [dict(reversed(row)) for row in _ranked(top, tokenizer, count)]
+
+
 def _text_choice(
-    index: int, one: Completion, tokenizer: Tokenizer, *, asked: TextRequest, prompt: tuple[int, ...], scores: tuple[float, ...]
+    index: int,
+    one: Completion,
+    tokenizer: Tokenizer,
+    *,
+    asked: TextRequest,
+    prompt: tuple[int, ...],
+    scores: tuple[float, ...],
+    rivals: Sequence[Mapping[str, float]],
 ) -> dict[str, object]:
     text = (tokenizer.decode(prompt) if asked.echo else "") + one.text
     choice: dict[str, object] = {"index": index, "text": text, "finish_reason": _finish(one), "logprobs": None}
@@ -234,16 +294,22 @@ def _text_choice(
         values: list[float | None] = [*([None, *scores] if asked.echo else []), *one.logprobs]
         tokens = [tokenizer.decode([token]) for token in ids]
         offsets = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
-        tops = [None if value is None else {token: value} for token, value in zip(tokens, values, strict=True)]
+        tops = [None if value is None else {**others, token: value} for token, value, others in zip(tokens, values, rivals, strict=True)]
         choice["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
     return choice
 
 
-def _chat_choice(index: int, one: Completion, tokenizer: Tokenizer, *, logprobs: bool) -> dict[str, object]:
+def _chat_choice(index: int, one: Completion, tokenizer: Tokenizer, *, rivals: Sequence[Sequence[tuple[str, float]]] | None) -> dict[str, object]:
     choice: dict[str, object] = {"index": index, "message": {"role": "assistant", "content": one.text}, "finish_reason": _finish(one), "logprobs": None}
-    if logprobs:
-        texts = [tokenizer.decode([token]) for token in one.tokens]
-        content = [{"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []} for text, value in zip(texts, one.logprobs, strict=True)]
+    if rivals is not None:
+
+        def told(text: str, value: float) -> dict[str, object]:
+            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+        content = [
+            {**told(tokenizer.decode([token]), value), "top_logprobs": [told(*other) for other in others]}
+            for token, value, others in zip(one.tokens, one.logprobs, rivals, strict=True)
+        ]
         choice["logprobs"] = {"content": content, "refusal": None}
     return choice
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -28,18 +29,29 @@ def keys_of(config: ServeConfig) -> Keys:
 
 
 class Serving:
-    """A running server; `url` is its address, `status()` a line about who is there."""
+    """A running server; `url` is its address, `status()` says who is there."""
 
-    def __init__(self, server: uvicorn.Server, bound: socket.socket, host: str, gauges: Callable[[], Mapping[str, float]]) -> None:
-        self._server, self._gauges = server, gauges
+    def __init__(self, server: uvicorn.Server, bound: socket.socket, host: str, tenants: Callable[[], Mapping[str, Mapping[str, float]]]) -> None:
+        self._server, self._tenants = server, tenants
+        self._before, self._told = dict[str, float](), time.monotonic()
         port = int(bound.getsockname()[1])
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._thread: threading.Thread | None = None
         self._bound = bound
 
     def status(self) -> str:
-        """Sessions, adapters, waiting requests and tokens so far, in a line."""
-        return " · ".join(f"{name.replace('_total:', ' ').replace('_', ' ')} {value:g}" for name, value in sorted(self._gauges().items()))
+        """A line per tenant who is there: sessions, adapters, samplers, waiting requests, and tokens a second since the last call."""
+        now, lines, seen = time.monotonic(), list[str](), dict[str, float]()
+        passed_s = max(now - self._told, 1e-3)
+        for owner, shares in sorted(self._tenants().items()):
+            rates = dict[str, float]()
+            for name, kind in (("trained", "training"), ("sampled", "sampling_sample")):
+                seen[key := f"{owner}:{kind}"] = shares.get(f"tokens_total:{kind}", 0.0)
+                rates[name] = (seen[key] - self._before.get(key, 0.0)) / passed_s
+            counts = " · ".join(f"{name} {shares.get(name, 0):g}" for name in ("sessions", "models", "samplers", "waiting"))
+            lines.append(f"{owner}: {counts} · " + " · ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()))
+        self._before, self._told = seen, now
+        return "\n".join(lines) or "Nobody is there."
 
     def run(self) -> None:
         """Serves until a signal comes."""
@@ -109,7 +121,7 @@ def serve(
         settings = uvicorn.Config(
             app, log_level="warning", access_log=False, ws="none", lifespan="on", timeout_graceful_shutdown=2, timeout_keep_alive=75, server_header=False
         )
-        serving = Serving(uvicorn.Server(settings), bound, config.host, desk.gauges)
+        serving = Serving(uvicorn.Server(settings), bound, config.host, desk.tenants)
         if background:
             serving.start(ready)
         try:

@@ -6,25 +6,36 @@ This file does not know HTTP, order or tenants.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CapabilityError, DataError
-from ..protocols import Backend, Loss, Sampler
-from ..records import Batch, Completion, Datum, LoraConfig, SamplingParams
+from ..protocols import Backend, Sampler
+from ..records import Completion, SamplingParams
+from .looks import Look, Tails, wanted_targets
 from .wire import TopK, encode_sample, prompt_of, sampling_params
 
 if TYPE_CHECKING:
     from tinker import types
     from torch import Tensor
 
-__all__ = ["complete", "sample"]
+__all__ = ["Looks", "complete", "sample", "shown"]
 
 MAX_TOP = 128
+
+
+@runtime_checkable
+class Looks(Protocol):
+    """A backend that shows logits."""
+
+    def look(self, sampler: Any, rows: Sequence[Sequence[int]], seen: Callable[[int, int, Tensor], None]) -> Future[None]:
+        """Shows `seen` the logits of one of its samplers after each token of each row: (row, first position, fp32 [t, V])."""
+        ...
 
 
 class _Card(Protocol):
@@ -32,10 +43,6 @@ class _Card(Protocol):
 
     @property
     def sampler(self) -> Sampler: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def path(self) -> str | None: ...
 
 
 async def complete(sampler: Sampler, prompt: tuple[int, ...], params: SamplingParams, n: int, *, ends: bool = True) -> tuple[Completion, ...]:
@@ -69,36 +76,6 @@ async def _prompt_logprobs(sampler: Sampler, prompt: tuple[int, ...], last: int 
     return found
 
 
-def _likeliest(backend: Backend, card: _Card, rows: Sequence[tuple[int, ...]], k: int, temperature: float) -> list[TopK]:
-    """Per sequence the k likeliest next tokens after each of its tokens.
-
-    Raises:
-        CapabilityError: the backend gives no logits, or the sampler is no base model.
-    """
-    if card.path is not None or card.sampler.model != card.model:
-        raise CapabilityError("The likeliest tokens are known for base models only; this sampler has an adapter. Ask a sampler of the base model.")
-    if backend.capabilities.gradients != "parameters":
-        raise CapabilityError(f"The backend {backend.capabilities.name!r} gives no logits; expected one that runs the model itself, such as 'local'.")
-    found = list[TopK]()
-
-    def look(_: Sequence[Datum], logits: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        for one in logits:
-            top = (one / (temperature or 1.0)).log_softmax(-1).topk(k)
-            found.append(TopK(ids=top.indices.int().cpu().numpy(), logprobs=top.values.float().cpu().numpy()))
-        return logits[0].sum() * 0, {}
-
-    data = tuple(
-        Datum(id=str(i), tokens=np.array(row, dtype=np.int32), targets=np.zeros(len(row), dtype=np.int64), weights=np.ones(len(row), dtype=np.float32))
-        for i, row in enumerate(rows)
-    )
-    session = backend.train(card.model, LoraConfig(rank=1, dropout=0.0, target_modules=("q_proj",)))  # fresh: the base model's own numbers
-    try:
-        session.forward(Batch(data=data), Loss(name="likeliest", fn=look, source="none", needs="logits")).result()
-    finally:
-        session.close()
-    return found
-
-
 def _check_width(k: int, name: str) -> None:
     if not 0 <= k <= MAX_TOP:
         raise DataError(f"{name} is {k}; expected 0 to {MAX_TOP}.")
@@ -111,27 +88,34 @@ async def sample(backend: Backend, card: _Card, asked: types.SampleRequest, *, l
         DataError, ConfigError: the request makes no sense.
         CapabilityError: it asks for something that this server does not give.
     """
-    if asked.prompt_alt_tokens_k or asked.target_prompt_logprobs is not None:
-        raise CapabilityError(
-            "prompt_alt_tokens_k and target_prompt_logprobs are not served here. Use topk_prompt_logprobs on a base model, or compute_logprobs."
-        )
-    for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+    for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "prompt_alt_tokens_k"):
         _check_width(getattr(asked, name), name)
     prompt = prompt_of(asked.prompt.chunks)
+    targets = None if asked.target_prompt_logprobs is None else wanted_targets(asked.target_prompt_logprobs, len(prompt))
     params, ends = sampling_params(asked.sampling_params, longest)
     scores = await _prompt_logprobs(card.sampler, prompt, asked.prompt_logprobs_last_n) if asked.prompt_logprobs else None
     completions = await complete(card.sampler, prompt, params, asked.num_samples, ends=ends)
-    prompt_top: TopK | None = None
+    first = 1 if asked.prompt_logprobs_last_n is None else len(prompt) - asked.prompt_logprobs_last_n
+    look = Look(prompt, first=first, top_k=asked.topk_prompt_logprobs, alternatives=asked.prompt_alt_tokens_k, params=params, targets=targets)
+    if look.wants:
+        await shown(backend, card.sampler, [prompt], look)
     tops: list[TopK] | None = None
-    if (k := asked.topk_prompt_logprobs) > 0:
-        (top,) = await asyncio.to_thread(_likeliest, backend, card, [prompt], k, 1.0)
-        ids, logprobs = np.zeros((len(prompt), k), dtype=np.int32), np.full((len(prompt), k), -99999.0, dtype=np.float32)
-        skipped = 1 if asked.prompt_logprobs_last_n is None else len(prompt) - asked.prompt_logprobs_last_n
-        ids[skipped:], logprobs[skipped:] = top.ids[skipped - 1 : -1], top.logprobs[skipped - 1 : -1]
-        prompt_top = TopK(ids=ids, logprobs=logprobs)
     if (k := asked.topk_sample_logprobs) > 0:
-        rows = [(*prompt, *one.tokens[:-1]) for one in completions]
-        found = await asyncio.to_thread(_likeliest, backend, card, rows, k, params.temperature)
-        tops = [TopK(ids=top.ids[len(prompt) - 1 :], logprobs=top.logprobs[len(prompt) - 1 :]) for top in found]
-    body = await asyncio.to_thread(encode_sample, completions, prompt_logprobs=scores, prompt_top=prompt_top, sample_tops=tops)
+        tails = Tails(len(prompt), k, params.temperature, [len(one.tokens) for one in completions])
+        await shown(backend, card.sampler, [(*prompt, *one.tokens[:-1]) for one in completions], tails)
+        tops = tails.tops
+    body = await asyncio.to_thread(
+        encode_sample, completions, prompt_logprobs=scores, prompt_top=look.top, sample_tops=tops, targets=look.scored, alternatives=look.drawn
+    )
     return body, sum(len(one.tokens) for one in completions)
+
+
+async def shown(backend: Backend, sampler: Sampler, rows: Sequence[Sequence[int]], seen: Callable[[int, int, Tensor], None]) -> None:
+    """Shows `seen` the logits after each token of each row.
+
+    Raises:
+        CapabilityError: the backend gives none.
+    """
+    if not isinstance(backend, Looks):
+        raise CapabilityError(f"The backend {backend.capabilities.name!r} gives no logits; expected one that runs the model itself, such as 'local'.")
+    await asyncio.wrap_future(backend.look(sampler, rows, seen))

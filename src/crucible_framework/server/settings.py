@@ -24,6 +24,7 @@ class ServeConfig:
         only_listed: no other base model is served.
         aliases: names that clients use → the backend's ("meta-llama/Llama-3.2-1B" → "smollm2-135m").
         tokenizers: a tokenizer folder per name, where clients shall load another than the model's own.
+        registry: the folder of a model registry whose versions OpenAI clients may ask, every tenant all of them; None: none.
         body_bytes: a request's body at the most, after decompression.
         answers_bytes: collected results that are kept for clients that lost the response.
         waiting, waiting_bytes: unanswered requests per key, and their bodies together.
@@ -45,6 +46,7 @@ class ServeConfig:
     only_listed: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     tokenizers: Mapping[str, str] = field(default_factory=dict)
+    registry: Path | None = None
     body_bytes: int = 64 * 2**20
     answers_bytes: int = 256 * 2**20
     waiting: int = 4096

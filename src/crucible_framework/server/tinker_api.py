@@ -82,7 +82,7 @@ class TinkerApi:
 
         asked = parsed(types.CreateSessionRequest, await self._body(request))
         metadata = {str(key): str(value) for key, value in (asked.user_metadata or {}).items()}
-        session = self._desk.open(tenant, metadata or None, asked.display_name)
+        session = self._desk.open(tenant, metadata or None, asked.display_name, asked.project_id or "")
         return json_response({"type": "create_session", "session_id": session.id})
 
     async def heartbeat(self, request: Request, tenant: str) -> Response:

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,13 +182,36 @@ def _fill_top(message: pb.TopkLogprobs, top: TopK) -> None:
     message.length, message.k = top.ids.shape
 
 
+class Cells(Protocol):
+    """Where values stand in a matrix: all cells of it in order, or those of a CSR layout."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def crow(self) -> NDArray[np.int64] | None: ...
+    @property
+    def columns(self) -> NDArray[np.int64] | None: ...
+
+
+def _fill(message: pb.Tensor, values: NDArray[np.generic], shape: tuple[int, int], dtype: int, cells: Cells | None = None) -> None:
+    data = np.ascontiguousarray(values).tobytes()
+    if cells is not None and cells.crow is not None and cells.columns is not None:
+        message.sparse_csr.values = data
+        message.sparse_csr.crow_indices, message.sparse_csr.col_indices = cells.crow.astype("<i8").tobytes(), cells.columns.astype("<i8").tobytes()
+    else:
+        message.dense = data
+    message.dtype = dtype  # type: ignore[assignment]
+    message.shape.extend(shape)
+
+
 def encode_sample(
     completions: Sequence[Completion],
     *,
     prompt_logprobs: NDArray[np.float32] | None = None,
     prompt_top: TopK | None = None,
     sample_tops: Sequence[TopK] | None = None,
-    targets: NDArray[np.float32] | None = None,
+    targets: tuple[Cells, NDArray[np.float32]] | None = None,
+    alternatives: TopK | None = None,
 ) -> bytes:
     """A `SampleResponse`.
 
@@ -197,7 +220,8 @@ def encode_sample(
         prompt_logprobs: float32 [P], NaN where there is none.
         prompt_top: the likeliest tokens at each prompt position.
         sample_tops: those at each drawn token, per completion.
-        targets: float32 [P − 1, K], log-probs of the tokens that were asked.
+        targets: the cells that were asked, and float32 log-probs of them; answered in the layout in which they were asked.
+        alternatives: draws beside each prompt token after the first, [P − 1, K].
     """
     from tinker.proto import tinker_public_pb2 as pb
 
@@ -213,7 +237,10 @@ def encode_sample(
     if prompt_top is not None:
         _fill_top(message.topk_prompt_logprobs, prompt_top)
     if targets is not None:
-        message.target_prompt_logprobs.dense = np.ascontiguousarray(targets, dtype="<f4").tobytes()
-        message.target_prompt_logprobs.dtype = pb.DTYPE_FLOAT32
-        message.target_prompt_logprobs.shape.extend(targets.shape)
+        cells, values = targets
+        _fill(message.target_prompt_logprobs, values, cells.shape, pb.DTYPE_FLOAT32, cells)
+    if alternatives is not None:
+        shape = (alternatives.ids.shape[0], alternatives.ids.shape[1])
+        _fill(message.prompt_alt_tokens.tokens, alternatives.ids.astype("<i8"), shape, pb.DTYPE_INT64)
+        _fill(message.prompt_alt_tokens.logprobs, alternatives.logprobs, shape, pb.DTYPE_FLOAT32)
     return message.SerializeToString()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from ...protocols import Tokenizer
 from ...records import Capabilities, Checkpoint, LoraConfig
 from .adapters import Snapshot, read_snapshot, size_bytes, write_snapshot
 from .bases import Base, canonical, load_base, load_tokenizer
+from .looking import Seen, look
 from .lora import Active, init_adapter, layer_names, tensor_shapes
 from .optim import fresh
 from .queue import Queue
@@ -209,6 +210,14 @@ class LocalBackend:
         """Frees what memory holds of a checkpoint that was downloaded, or that nobody needs."""
         with self._lock:
             self._saved.pop(checkpoint.uri, None)
+
+    def look(self, sampler: LocalSampler, rows: Sequence[Sequence[int]], seen: Seen) -> Future[None]:
+        """Shows `seen` the logits of a sampler's model after each token of each row: (row, first position, fp32 [t, V]).
+
+        Raises:
+            DataError (from the future): a row does not fit the model.
+        """
+        return self._queue.submit(lambda: look(sampler._frozen.result(), rows, seen))
 
     def sampler_of(self, model: str, frozen: Future[Frozen]) -> LocalSampler:
         """A sampler of weights that an earlier request gives."""
