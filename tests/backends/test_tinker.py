@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import tinker
 import torch
 
+from crucible_framework import events
 from crucible_framework.backends import connect
 from crucible_framework.backends.fake import FakeBackend
 from crucible_framework.backends.tinker import TinkerBackend
@@ -188,6 +190,30 @@ def test_keys_come_from_the_environment_and_stay_there(tmp_path: Path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(AuthError, match="TINKER_API_KEY"):
         connect("tinker", base_url="https://service.invalid")
+
+
+def test_a_key_is_told_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Not in events, logs at any level, errors, the backend's or server's attributes that are shown, files of the server, or a command line."""
+    config = ServeConfig(folder=tmp_path / "serve", port=0, poll_s=2.0)
+    secret = keys_of(config).add("ann")
+    monkeypatch.setenv("TINKER_API_KEY", secret)
+    caplog.set_level("DEBUG")
+    said: list[str] = []
+    with events.collect() as seen, FakeBackend() as engine, serve(engine, config) as server, connect("tinker", base_url=server.url) as backend:
+        session = backend.train("tiny", LORA)
+        session.forward_backward(make_batch(), resolve("cross_entropy")).result()
+        for call in (lambda: session.save("x").result(), lambda: backend.sampler("nowhere"), lambda: session.optim_step(AdamConfig(lr=1e9)).result()):
+            try:
+                call()
+            except Exception as error:
+                said += [repr(error), repr(error.__cause__), "".join(traceback.format_exception(error))]
+        said += [repr(backend), repr(server), repr(vars(session)), server.status()]
+        said.append(Path("/proc/self/cmdline").read_text())
+    said += [repr(event) for event in seen] + [f"{record.getMessage()} {record.args}" for record in caplog.records]
+    assert len(said) > 20
+    assert not [text for text in said if secret in text or secret[4:] in text]
+    for path in (tmp_path / "serve").rglob("*"):
+        assert not path.is_file() or secret.encode()[4:] not in path.read_bytes()
 
 
 def test_closed(backend: Backend) -> None:

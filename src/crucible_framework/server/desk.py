@@ -86,10 +86,9 @@ class Desk:
     def __init__(self, backend: Backend, config: ServeConfig, shelf: Shelf) -> None:
         self.backend, self.config, self.shelf = backend, config, shelf
         self.ledger = Ledger(config.answers_bytes, config.waiting, config.waiting_bytes)
-        self.gate = Gate(config.places)
         self.keeper = Keeper(backend, shelf)
         self.tally, self.usage = Tally(), Usage(config.folder / "usage.jsonl")
-        self.turns = Turns(self.ledger, self.gate, spawn=self.spawn, count=self.tally.add, keep=self.keeper.keep_state)
+        self.turns = Turns(self.ledger, Gate(config.training_places), Gate(config.places), spawn=self.spawn, count=self.tally.add, keep=self.keeper.keep_state)
         self.sessions: dict[str, Session] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 

@@ -91,18 +91,21 @@ class Finished:
     """A sampler's requests in the order in which they were answered, for each of its clones, for a client that asks for all at once."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, deque[tuple[int, str, Answer]]] = {}
+        self._rows: dict[int, deque[tuple[int, str, int | None]]] = {}
         self._count, self._news = 0, asyncio.Event()
 
     def add(self, clone: int, request: str, answer: asyncio.Future[Answer]) -> None:
         """A request was answered."""
         if not answer.cancelled():
             self._count += 1
-            self._rows.setdefault(clone, deque(maxlen=KEPT)).append((self._count, request, answer.result()))
+            self._rows.setdefault(clone, deque(maxlen=KEPT)).append((self._count, request, None if answer.result().failed else len(answer.result().body)))
             self._news.set()
 
-    async def after(self, clone: int, cursor: int, timeout_s: float) -> tuple[list[tuple[str, Answer]], int]:
-        """What was answered after a cursor, once there is something or the time is over, and the cursor behind it; what is before it is forgotten."""
+    async def after(self, clone: int, cursor: int, timeout_s: float) -> tuple[list[tuple[str, int | None]], int]:
+        """(request, bytes of its answer or None where it failed) after a cursor, once there is one or the time is over; and the cursor behind them.
+
+        What is before the cursor is forgotten.
+        """
         deadline = time.monotonic() + timeout_s
         while True:
             rows = self._rows.setdefault(clone, deque(maxlen=KEPT))
@@ -110,7 +113,7 @@ class Finished:
                 rows.popleft()
             left = deadline - time.monotonic()
             if rows or left <= 0:
-                return [(request, answer) for _, request, answer in rows], max(cursor, *(row[0] for row in rows), 0)
+                return [(request, size) for _, request, size in rows], max(cursor, *(row[0] for row in rows), 0)
             self._news.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), left)

@@ -31,7 +31,8 @@ class ServeConfig:
         samplers: samplers without a name that a session keeps; the one that was not used for longest goes first.
         durable: what survives a kill of the server beside checkpoints: "checkpoint", nothing, so that clients go on from their last one; "step",
             live sessions too, every acknowledged request and step. That writes the adapter with its optimizer to disk at each step.
-        places: requests at the backend at once; keys take turns for them.
+        places, training_places: samples, and requests to models, at the backend at once. Keys take turns for them; few places mean short turns,
+            many let samples share passes.
         max_tokens: per sample at the most, and where a client names no limit.
         poll_s: how long a request for a result that is not there is held.
         client: what the SDK shall switch on beyond its defaults, by its own names, such as sample_use_retrieve_futures, proto_compress_fwdbwd and
@@ -54,13 +55,14 @@ class ServeConfig:
     samplers: int = 32
     durable: Literal["checkpoint", "step"] = "checkpoint"
     places: int = 256
+    training_places: int = 4
     max_tokens: int = 4096
     client: Mapping[str, bool] = field(default_factory=dict)
     poll_s: float = 25.0
     session_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "answers_bytes", "waiting", "waiting_bytes", "samplers", "places", "max_tokens"):
+        for name in ("body_bytes", "answers_bytes", "waiting", "waiting_bytes", "samplers", "places", "training_places", "max_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"ServeConfig.{name} is {value!r}; expected a whole number of at least 1.")

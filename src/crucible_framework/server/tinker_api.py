@@ -210,9 +210,9 @@ class TinkerApi:
         hold_s = self._desk.config.poll_s if asked.timeout is None else max(0.0, min(asked.timeout, self._desk.config.poll_s))
         rows, cursor = await card.finished.after(asked.target.cloned_sampler_id, asked.prev_cursor, hold_s)
         found = [
-            {"state": "failed", "request_id": one} if answer.failed
-            else {"state": "finished", "request_id": one, "response_payload_uncompressed_size": len(answer.body)}
-            for one, answer in rows
+            {"state": "failed", "request_id": one} if size is None
+            else {"state": "finished", "request_id": one, "response_payload_uncompressed_size": size}
+            for one, size in rows
         ]  # fmt: skip
         return json_response({"completions": found, "cursor": cursor})
 

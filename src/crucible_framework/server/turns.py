@@ -85,14 +85,16 @@ class Turns:
 
     Args:
         ledger: answers.
-        gate: places at the backend.
+        gate, samples: places at the backend for requests to models, and for samples.
         spawn: runs in the background.
         count: adds to a counter.
         keep: publishes a model's state with the answer of the request after which it is.
     """
 
-    def __init__(self, ledger: Ledger, gate: Gate, *, spawn: Callable[[Awaitable[None]], asyncio.Task[None]], count: Callable[[str], None], keep: Keep) -> None:
-        self._ledger, self._gate, self._spawn, self._count, self._keep = ledger, gate, spawn, count, keep
+    def __init__(
+        self, ledger: Ledger, gate: Gate, samples: Gate, *, spawn: Callable[[Awaitable[None]], asyncio.Task[None]], count: Callable[[str], None], keep: Keep
+    ) -> None:
+        self._ledger, self._gate, self._samples, self._spawn, self._count, self._keep = ledger, gate, samples, spawn, count, keep
         self.traces: dict[str, deque[Traced]] = {}
 
     def open(self, model: Model) -> None:
@@ -212,9 +214,9 @@ class Turns:
 
     def _begin(self, entry: Entry, begin: Callable[[], Awaitable[Answer]]) -> Entry:
         async def body() -> None:
-            await self._gate.enter(entry.owner)
+            await self._samples.enter(entry.owner)
             self._count(f"requests_total:{entry.kind}")
-            await run(self._gate, entry, self.answered(entry, begin()))
+            await run(self._samples, entry, self.answered(entry, begin()))
 
         entry.task = self._spawn(body())
         return entry
