@@ -147,7 +147,7 @@ class Life(RuleBasedStateMachine):
         assert self.raw.loss(sent.json()["request_id"]) > 0
         stepped = self.raw.result(self.raw.step(model, self.number(model)).json()["request_id"]).json()
         self.steps[model] += 1
-        assert stepped["metrics"]["step"] == self.steps[model]
+        assert stepped["metrics"]["optimizer_steps"] == self.steps[model]
 
     @rule(target=paths, model=models, kind=st.sampled_from(["save_weights", "save_weights_for_sampler"]), name=st.sampled_from(["a", "b"]))
     def save(self, model: str, kind: str, name: str) -> Any:

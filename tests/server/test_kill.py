@@ -46,7 +46,7 @@ def trained(url: str, steps: int, between: dict[int, list[threading.Event]] | No
             passed, stepped = ahead.pop(0)
             losses.append(passed.result().metrics["loss:sum"])
             metrics = stepped.result().metrics or {}
-            numbers.append(metrics["step"])
+            numbers.append(metrics["optimizer_steps"])
             for event in (between or {}).get(step, []):
                 event.set()
     sampler = training.save_weights_and_get_sampling_client().result()
@@ -141,7 +141,7 @@ def test_what_was_sent_before_a_kill_is_answered_after_it(tmp_path: Path) -> Non
         assert raw.result(saved).json()["path"] == path
         assert raw.post("retrieve_future", {"request_id": early}).status_code == 408 or raw.passed(model, 6).status_code == 200
         assert raw.passed(model, 6).status_code == 200
-        assert raw.result(early).json()["metrics"]["step"] == 2.0
+        assert raw.result(early).json()["metrics"]["optimizer_steps"] == 2.0
         assert raw.get(f"samplers/{session}:sample:8").json()["model_path"] == path
         body = {"prompt": {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]}, "sampling_params": {"max_tokens": 3}, "seq_id": 0}
         for each in (sampler, f"{session}:sample:8"):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Kind", "model_for"]
 
+STEPS = "optimizer_steps"
+"""Not "step": clients write these metrics into rows of their own, which have a "step" that counts otherwise."""
 Request: TypeAlias = Any
 """One of the SDK's request types; which one, the kind says."""
 
@@ -155,7 +157,7 @@ def _step(desk: Desk, model: Model, asked: types.OptimStepRequest) -> Start:
             made = await asyncio.wrap_future(future)
             desk.count("steps_total", model.session.owner)
             durable = float(model.journal is not None)
-            return json_answer(type="optim_step", metrics={"grad_norm": made.grad_norm, "step": float(made.step), "durable": durable, **made.metrics})
+            return json_answer(type="optim_step", metrics={"grad_norm": made.grad_norm, STEPS: float(made.step), "durable": durable, **made.metrics})
 
         return finish()
 

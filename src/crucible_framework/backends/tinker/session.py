@@ -214,7 +214,8 @@ class TinkerSession:
         def finish(response: types.OptimStepResponse) -> OptimOutput:
             self._step += 1
             metrics = dict(response.metrics or {})
-            metrics.pop("optimizer_steps", None)
+            for known in ("optimizer_steps", "durable"):
+                metrics.pop(known, None)
             norm = metrics.pop("grad_norm", float("nan"))
             events.emit("training.optim_step", step=self._step, grad_norm=norm, lr=adam.lr)
             return OptimOutput(step=self._step, grad_norm=norm, metrics=metrics)
