@@ -101,7 +101,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINKER_TELEMETRY", "0")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_kill(tmp_path: Path) -> None:
     killed_run("fake", tmp_path, steps=6, kills=1, seed=1)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import itertools
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,11 +14,17 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tinker import types
 
 from crucible_framework import events
 from crucible_framework.backends.fake import FakeBackend
 from crucible_framework.errors import LockedError, UnsafeError
+from crucible_framework.records import LoraConfig
 from crucible_framework.server import Keys, ServeConfig, Serving, keys_of, serve
+from crucible_framework.server.desk import Desk
+from crucible_framework.server.ledger import GoneError
+from crucible_framework.server.shelf import Shelf
+from crucible_framework.server.steps import KINDS
 
 from .conftest import Raw, Start, pass_body
 
@@ -84,23 +90,37 @@ def test_old_results_are_dropped_when_they_take_too_much_room(start: Start) -> N
     raw.http.close()
 
 
-def test_silent_clients_are_dropped(start: Start) -> None:
-    """Their requests, models and samplers go; their checkpoints stay. One that beats lives on."""
-    serving = start(session_s=0.8)
-    raw = Raw(serving.url)
-    dead, alive = raw.session(), raw.session()
-    model = raw.model(dead)
-    raw.result(raw.post("save_weights", {"model_id": model, "path": "kept", "seq_id": 1}).json()["request_id"])
-    waiting = raw.passed(model, 3).json()["request_id"]
-    for _ in range(10):
-        time.sleep(0.2)
-        assert raw.post("session_heartbeat", {"session_id": alive}).status_code == 200
-    assert raw.post("session_heartbeat", {"session_id": dead}).status_code == 410
-    assert raw.post("retrieve_future", {"request_id": waiting}).status_code == 410
-    assert raw.passed(model, 2).status_code == 410
-    kept = raw.get(f"training_runs/{model}/checkpoints").json()["checkpoints"]
-    assert [one["checkpoint_id"] for one in kept] == ["weights/kept"]
-    raw.http.close()
+def test_silent_clients_are_dropped(backend: FakeBackend, tmp_path: Path) -> None:
+    """After a minute their requests, models and samplers go, and their checkpoints stay; one that was heard of lives on."""
+    config, clock = ServeConfig(folder=tmp_path), [0.0]
+
+    async def go() -> None:
+        desk = Desk(backend, config, Shelf(config.folder), now=lambda: clock[0])
+        dead, alive = desk.open("ann", None, None), desk.open("ann", None, None)
+        model = desk.add_model(dead, 0, "tiny", lora=LoraConfig(rank=4, dropout=0.0, target_modules=("q_proj",)), train={}, meta=None)
+        made = await desk.turns.submit(model, 0, "create_model", KINDS["create_model"].begin(desk, model, None), b"")
+        await made.answer
+        asked = types.SaveWeightsRequest(model_id=model.run.id, path="kept", seq_id=1)
+        saved = await desk.turns.submit(model, 1, "save_weights", KINDS["save_weights"].begin(desk, model, asked), b"")
+        await saved.answer
+        waiting = await desk.turns.submit(model, 3, "save_weights", KINDS["save_weights"].begin(desk, model, asked), b"")
+        clock[0] = 59.0
+        desk.drop_silent()
+        assert desk.session(alive.id, "ann") is alive
+        clock[0] = 61.0
+        desk.drop_silent()
+        assert list(desk.sessions) == [alive.id]
+        await asyncio.sleep(0)
+        assert waiting.answer.done()
+        with pytest.raises(GoneError):
+            desk.ledger.find(waiting.id, "ann")
+        with pytest.raises(GoneError, match="durable per checkpoint"):
+            desk.model(model.run.id, "ann")
+        assert [one.name for one in desk.shelf.checkpoints(model.run.id)] == ["kept"]
+        assert desk.ledger.waiting == {}
+        await desk.close()
+
+    asyncio.run(go())
 
 
 def test_too_much_is_refused(start: Start) -> None:
@@ -201,8 +221,6 @@ def test_every_route_wants_a_key(serving: Serving, keys: Keys) -> None:
     with httpx.Client(base_url=serving.url) as http:
         assert http.get("/api/v1/healthz").json() == {"status": "ok"}
         from crucible_framework.server.app import make_app
-        from crucible_framework.server.desk import Desk
-        from crucible_framework.server.shelf import Shelf
 
         with FakeBackend() as backend:
             app = make_app(Desk(backend, ServeConfig(), Shelf(keys.path.parent / "other")), keys)

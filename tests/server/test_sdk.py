@@ -343,6 +343,26 @@ def test_weights_are_copied(serving: Serving, training: tinker.TrainingClient, s
     assert [entry.event for entry in audit.entries] == ["checkpoint.copied", "checkpoint.copied", "project.session_assigned"]
 
 
+def test_aliases(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model under a name that a recipe knows, with the tokenizer of the model behind it, or of the folder that is named for it."""
+    monkeypatch.setenv("TINKER_TELEMETRY", "0")
+    serving = start(aliases={"org/model": "tiny"})
+    service = tinker.ServiceClient(base_url=serving.url, api_key="tml-local")
+    client = service.create_lora_training_client("org/model", rank=4, seed=1).result()
+    assert client.get_info().model_name == "org/model"
+    assert client.get_tokenizer().encode("Hi", add_special_tokens=False) == list(b"Hi")
+    path = client.save_weights_for_sampler("weights").result().path
+    assert service.create_sampling_client(model_path=path).result().get_base_model() == "org/model"
+    assert service.create_sampling_client(base_model="org/model").result().sample(PROMPT, 1, types.SamplingParams(max_tokens=2)).result().sequences
+    service.close("success").result()
+    other = start(aliases={"org/model": "tiny"}, tokenizers={"org/model": "/somewhere/else"}, only_listed=True, folder="other", models=())
+    second = tinker.ServiceClient(base_url=other.url, api_key="tml-local")
+    assert second.create_lora_training_client("org/model", rank=4).result().get_info().model_data.tokenizer_id == "/somewhere/else"
+    with pytest.raises(tinker.BadRequestError, match="org/model"):
+        second.create_lora_training_client("tiny", rank=4).result()
+    second.close("success").result()
+
+
 def test_many_samples_at_once(service: tinker.ServiceClient) -> None:
     """Three hundred, each answered once, those of one seed alike."""
     base = service.create_sampling_client(base_model="tiny").result()

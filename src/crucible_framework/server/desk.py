@@ -51,7 +51,6 @@ class Session:
     project: str = ""
     models: dict[str, Model] = field(default_factory=dict)
     samplers: dict[str, SamplerCard] = field(default_factory=dict)
-    custom: int = 0
     ended: str = ""
 
 
@@ -81,9 +80,11 @@ class Desk:
         backend: what trains and samples.
         config: the server's settings.
         shelf: runs and checkpoints on disk.
+        now: seconds, monotonic.
     """
 
-    def __init__(self, backend: Backend, config: ServeConfig, shelf: Shelf) -> None:
+    def __init__(self, backend: Backend, config: ServeConfig, shelf: Shelf, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
         self.backend, self.config, self.shelf = backend, config, shelf
         self.ledger = Ledger(config.answers_bytes, config.waiting, config.waiting_bytes)
         self.keeper = Keeper(backend, shelf)
@@ -108,10 +109,14 @@ class Desk:
         """Ends silent sessions and removes expired checkpoints, for ever."""
         while True:
             await asyncio.sleep(min(5.0, self.config.session_s / 4))
-            for session in [each for each in self.sessions.values() if time.monotonic() - each.seen > self.config.session_s]:
-                self.end(session, "silent")
+            self.drop_silent()
             await asyncio.to_thread(self.shelf.expire)
             await asyncio.to_thread(self.usage.flush)
+
+    def drop_silent(self) -> None:
+        """Ends sessions whose clients were not heard of for too long."""
+        for session in [each for each in self.sessions.values() if self._now() - each.seen > self.config.session_s]:
+            self.end(session, "silent")
 
     async def close(self) -> None:
         """Drops all work. What is durable per step stays on disk and comes back with the next server."""
@@ -167,7 +172,7 @@ class Desk:
 
     def open(self, owner: str, user_metadata: Mapping[str, str] | None, display_name: str | None, project: str = "") -> Session:
         """A new session."""
-        session = Session(f"s-{uuid.uuid4().hex[:12]}", owner, time.time(), time.monotonic(), user_metadata, display_name, project)
+        session = Session(f"s-{uuid.uuid4().hex[:12]}", owner, time.time(), self._now(), user_metadata, display_name, project)
         if self.durable:
             card = {"owner": owner, "created_at": session.created_at, "user_metadata": user_metadata, "display_name": display_name, "project": project}
             write_json(self.live_folder(session) / "session.json", card)
@@ -180,7 +185,7 @@ class Desk:
         """A session that outlived its server; its client has a minute to be heard of."""
         metadata = card["user_metadata"]
         display, known = card["display_name"], {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else None
-        session = Session(name, str(card["owner"]), float(str(card["created_at"])), time.monotonic(), known, None if display is None else str(display))
+        session = Session(name, str(card["owner"]), float(str(card["created_at"])), self._now(), known, None if display is None else str(display))
         session.project = str(card["project"])
         self.sessions[name] = session
         events.emit("server.session", session=name, tenant=session.owner, state="revived")
@@ -198,7 +203,7 @@ class Desk:
                 f"There is no session {session[:140]!r}; it has ended, or the server was restarted, and this server is durable per {self.config.durable}. "
                 "Start a new client from the last checkpoint; checkpoints are still there."
             )
-        found.seen = time.monotonic()
+        found.seen = self._now()
         return found
 
     def end(self, session: Session, why: str) -> None:
