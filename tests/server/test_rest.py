@@ -117,7 +117,7 @@ def test_expired_checkpoints_are_gone(raw: Raw) -> None:
 
 def command(url: str, folder: Path, *words: str, key: str | None = "tml-local", form: str = "json", given: str | None = None) -> str:
     """What the SDK's command prints; run here, because starting it takes longer than what it does."""
-    from tinker.cli.__main__ import cli
+    from tinker.cli.__main__ import main_cli as cli
 
     env = {"TINKER_BASE_URL": url, "TINKER_API_KEY": key, "HOME": str(folder), "TINKER_TELEMETRY": "0"}
     done = CliRunner().invoke(cli, ["-f", form, *words], env=env, input=given, catch_exceptions=False)

@@ -70,6 +70,17 @@ def test_local_engine_behind_the_server(tmp_path: Path) -> None:
         answers = [sampler.sample(PROMPT, 3, types.SamplingParams(max_tokens=5, seed=7)).result().sequences for _ in range(2)]
         assert [list(one.tokens) for one in answers[0]] == [list(one.tokens) for one in answers[1]]
         assert len({tuple(one.tokens) for one in answers[0]}) == 3
+        asked = types.SamplingParams(max_tokens=5, seed=7, temperature=0.8)
+        told = sampler.sample(PROMPT, 2, asked, include_prompt_logprobs=True, topk_prompt_logprobs=100, topk_sample_logprobs=100).result()
+        prompt = told.topk_prompt_logprobs_np
+        assert prompt is not None
+        places = [(place, prompt, IDS[place], (told.prompt_logprobs or ())[place]) for place in range(1, 6)]
+        for one in told.sequences:
+            assert one.topk_logprobs_np is not None
+            places += [(place, one.topk_logprobs_np, token, (one.logprobs or ())[place]) for place, token in enumerate(one.tokens)]
+        found = [(dict(zip(top.token_ids[at].tolist(), top.logprobs[at].tolist(), strict=True)).get(token), value) for at, top, token, value in places]
+        assert sum(rival is not None for rival, _ in found) > 8
+        assert all(rival is None or rival == pytest.approx(value, abs=1e-4) for rival, value in found)
         service.close("success").result()
 
 

@@ -292,6 +292,8 @@ class RestApi:
         stored = await asyncio.to_thread(self._desk.readable, asked.source_path, tenant)
         if asked.session_id is not None and asked.model_seq_id is not None:
             session = self._desk.session(asked.session_id, tenant)
+            if f"{session.id}:train:{asked.model_seq_id}" in session.models:
+                raise DataError(f"model_seq_id {asked.model_seq_id} is a model in training already; a copy needs a number of its own.")
             run, project = f"{session.id}:train:{asked.model_seq_id}", session.project
         elif asked.destination_project_id is not None:
             given = request.headers.get("x-idempotency-key") or secrets.token_hex(8)
