@@ -41,7 +41,7 @@ def children(pid: int) -> list[int]:
 
 
 def start(folder: Path, seeds: str = "0, 1") -> subprocess.Popen[bytes]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
     return subprocess.Popen([sys.executable, "-c", SCRIPT.format(folder=str(folder), seeds=seeds)], env=env)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from .analysis import Analysis, ArmSummary, Contrast, analyse, load_analysis
 from .cost import CellCost, Cost, Usage, estimate
-from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, experiment_from, load_experiment
+from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, Stopping, experiment_from, load_experiment
 from .overview import CellState, StudyOverview, study_overview
+from .rankings import Ranking
 from .runner import run
 from .study import CellResult, Failure, Study, load_study
 
@@ -28,6 +29,8 @@ __all__ = [
     "Experiment",
     "Failure",
     "Hypothesis",
+    "Ranking",
+    "Stopping",
     "Study",
     "StudyOverview",
     "Usage",

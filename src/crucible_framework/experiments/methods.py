@@ -37,9 +37,26 @@ def paragraph(study: Study, findings: Sequence[Finding], *, declared: int) -> st
     without = [f"{len(cells)} {words}" for cells, words in ((study.of("failed"), "failed"), (study.of("pending"), "did not run")) if cells]
     if without:
         lines.append(f"{_listed(without)}; comparisons leave out the seeds that this concerns and say so.")
+    lines += _stopped(study)
     lines += _asked(study)
     lines += _compared(study, findings, declared)
     return " ".join(lines)
+
+
+def _stopped(study: Study) -> list[str]:
+    rule = study.experiment.stopping
+    if rule is None:
+        return []
+    dropped = len({cell.arm for cell in study.of("dropped")})
+    chosen = (
+        f"After {_counted(rule.selection, 'seed')} the share of {rule.keep:g} of the arms with the lowest loss on held-out data went on ({dropped} did not); "
+        "these seeds are in no test."
+    )
+    looked = (
+        f"After each seed from the second on, arms shown to be worse than another were dropped ({dropped} were), by group-sequential looks with "
+        f"{rule.spending} spending of α, divided by the number of pairs; intervals and p-values hold over all looks."
+    )
+    return [chosen if rule.rule == "halving" else looked]
 
 
 def _asked(study: Study) -> list[str]:

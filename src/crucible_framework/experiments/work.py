@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -92,6 +93,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._open: dict[str, Connection] = {}
+        self._guard = threading.Lock()
 
     def get(self, job: Job) -> Backend:
         """The backend of a job, opened on first use."""
@@ -99,9 +101,10 @@ class Engines:
         if "threads" in inspect.signature(known_backends.get(job.backend)).parameters:
             options.setdefault("threads", job.threads)
         key = repr((job.backend, sorted(options.items(), key=lambda pair: pair[0])))
-        if key not in self._open:
-            self._open[key] = connect(job.backend, **options)
-        return self._open[key]
+        with self._guard:  # jobs side by side in one process share it
+            if key not in self._open:
+                self._open[key] = connect(job.backend, **options)
+            return self._open[key]
 
     def close(self) -> None:
         """Closes them all."""
