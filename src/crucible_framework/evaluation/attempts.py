@@ -13,10 +13,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal, cast
 
-from .. import files
 from ..config import differing_keys, fingerprint, to_dict
 from ..errors import ConfigError, CorruptError, InferenceError, StatisticsError
 from ..events import emit
+from ..files import JsonLines, lock, read_json, read_lines, write_json
 from ..protocols import Sampler, Scorer
 from ..records import Completion, Dataset, Estimate, Example, Json, SamplingParams, record
 from ..stats import mean_estimate
@@ -117,16 +117,16 @@ def _kept(
     sampler: Sampler, dataset: Dataset, judge: Scorer, *, n: int, params: SamplingParams, in_flight: int, folder: Path, plan: dict[str, Json],
     progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Json]]:  # fmt: skip
-    with files.lock(folder / ".lock", "evaluation folder"):
+    with lock(folder / ".lock", "evaluation folder"):
         if not (folder / _PLAN).exists():
-            files.write_json(folder / _PLAN, plan)
-        old = files.read_json(folder / _PLAN)
+            write_json(folder / _PLAN, plan)
+        old = read_json(folder / _PLAN)
         if differing := differing_keys(cast("dict[str, Json]", old), plan):
             raise ConfigError(f"{str(folder)!r} holds attempts of another plan; different: {', '.join(differing)}. Choose another folder.")
-        rows = list(files.read_lines(folder / ATTEMPTS))
+        rows = list(read_lines(folder / ATTEMPTS))
         if [row.get("id") for row in rows] != [example.id for example in dataset.examples[: len(rows)]]:
             raise CorruptError(f"{str(folder / ATTEMPTS)!r} does not follow the order of the data set. Delete the folder to begin again.")
-        with closing(files.JsonLines(folder / ATTEMPTS)) as log:
+        with closing(JsonLines(folder / ATTEMPTS)) as log:
 
             def keep(row: dict[str, Json]) -> None:
                 log.append(row)

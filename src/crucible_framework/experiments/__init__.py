@@ -11,6 +11,7 @@ from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, S
 from .overview import CellState, StudyOverview, study_overview
 from .rankings import Ranking
 from .runner import run
+from .search import Found, Range, Trial, search
 from .study import CellResult, Failure, Study, load_study
 
 __all__ = [
@@ -28,11 +29,14 @@ __all__ = [
     "DataPlan",
     "Experiment",
     "Failure",
+    "Found",
     "Hypothesis",
+    "Range",
     "Ranking",
     "Stopping",
     "Study",
     "StudyOverview",
+    "Trial",
     "Usage",
     "analyse",
     "estimate",
@@ -42,4 +46,5 @@ __all__ = [
     "load_study",
     "run",
     "study_overview",
+    "search",
 ]
