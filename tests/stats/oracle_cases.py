@@ -83,4 +83,4 @@ def gap(case: Mapping[str, Any]) -> float:
     """The largest difference from the oracle, relative where numbers are above 1."""
     ours, theirs = OURS[str(case["test"])](case["data"]), case["expected"]
     assert ours.keys() == theirs.keys(), case["test"]
-    return max(abs(ours[key] - theirs[key]) / max(1.0, abs(theirs[key])) for key in ours)
+    return max(abs(ours[key] - float(theirs[key])) / max(1.0, abs(float(theirs[key]))) for key in ours)

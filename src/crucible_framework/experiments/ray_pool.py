@@ -20,7 +20,8 @@ from .worker import attempt
 
 __all__ = ["RayWorkers", "Remote"]
 
-START_S = 120.0
+START_S = 300.0
+"""Loading the libraries takes seconds on a free machine and minutes on a crowded one."""
 
 
 class _Method(Protocol):
