@@ -17,7 +17,7 @@ from ..config import fingerprint, from_dict, load_toml, merge, parse_overrides, 
 from ..errors import ConfigError, UnknownNameError
 from ..records import Json, SamplingParams, TrainConfig, record
 
-__all__ = ["BASE", "Arm", "Budget", "Cell", "DataPlan", "Experiment", "Hypothesis", "Stopping", "load_experiment", "select"]
+__all__ = ["BASE", "Arm", "Budget", "Cell", "DataPlan", "Experiment", "Hypothesis", "Stopping", "load_experiment", "select", "word"]
 
 BASE = "base"
 """The untrained base model, wherever an arm can be named."""
@@ -170,6 +170,7 @@ class Experiment:
         scorers: names; `perplexity` adds "target_nll".
         primary: the metric that decides; one of the scorers or "target_nll".
         sampling: how answers are drawn.
+        choose: the answer is the label that the model finds likeliest instead of what it writes, so that bases are compared fairly.
         in_flight: questions asked ahead; 1 is used with `perplexity`, so that every bit of it is reproducible.
         hypotheses: claimed beforehand and corrected together; everything else is exploratory.
         alpha: the share of false findings that a family of comparisons may have.
@@ -190,6 +191,7 @@ class Experiment:
     perplexity: bool = False
     primary: str = "label_accuracy"
     sampling: SamplingParams = _GREEDY
+    choose: bool = False
     in_flight: int = 8
     hypotheses: tuple[Hypothesis, ...] = ()
     alpha: float = 0.05
@@ -207,7 +209,7 @@ class Experiment:
         for name, least in (("threads", 1), ("in_flight", 1), ("retries", 0)):
             _need(self, name, getattr(self, name) >= least, f"a whole number of at least {least}")
         for key, values in self.matrix.items():
-            words = [_word(value) for value in values]
+            words = [word(value) for value in values]
             if not words or len(set(words)) != len(words):
                 raise ConfigError(f"The axis {key!r} has the values {list(values)!r}; expected different ones, at least one.")
         arms = self.arms()
@@ -265,12 +267,12 @@ def less_is_better(metric: str) -> bool:
     return metric in _LESS_IS_BETTER
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
     """A value on one line without commas, as names of arms need it."""
     if isinstance(value, Mapping):
-        return "+".join(f"{_word(weight)}*{name}" for name, weight in value.items())
+        return "+".join(f"{word(weight)}*{name}" for name, weight in value.items())
     if isinstance(value, (list, tuple)):
-        return "+".join(map(_word, value))
+        return "+".join(map(word, value))
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).replace(",", ";")
@@ -315,7 +317,7 @@ def _arm(experiment: Experiment, name: str, settings: Mapping[str, object], chos
             backend = str(value)
         else:
             _set(tree, key, value)
-    parts = (*([name] if name else []), *(f"{key}={_word(value)}" for key, value in chosen if len(experiment.matrix[key]) > 1))
+    parts = (*([name] if name else []), *(f"{key}={word(value)}" for key, value in chosen if len(experiment.matrix[key]) > 1))
     title = ", ".join(parts) or "adapter"
     if title == BASE:
         raise ConfigError(f"A condition cannot be called {BASE!r}: that is the untrained model. Choose another name.")
@@ -329,7 +331,15 @@ def _slug(*words: str) -> str:
 def _cell(experiment: Experiment, arm: Arm, seed: int, plan: DataPlan) -> Cell:
     lora = dataclasses.replace(arm.config.lora, seed=seed)
     config = dataclasses.replace(arm.config, lora=lora, seed=seed)
-    asked = [to_dict(plan), list(experiment.scorers), experiment.perplexity, to_dict(experiment.sampling), dict(experiment.options), experiment.threads]
+    asked = [
+        to_dict(plan),
+        list(experiment.scorers),
+        experiment.perplexity,
+        to_dict(experiment.sampling),
+        dict(experiment.options),
+        experiment.threads,
+        experiment.choose,
+    ]
     mark = fingerprint({"config": to_dict(config), "backend": arm.backend, "asked": asked})[:8]
     base_mark = fingerprint({"model": config.base_model, "backend": arm.backend, "asked": asked})[:8]
     return Cell(

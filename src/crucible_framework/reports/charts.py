@@ -197,7 +197,7 @@ def dot_plot(plot: DotPlot, key: str) -> Markup:
     for index, row in enumerate(rows):
         top = 10 + pitch * index
         at = top + 38
-        parts.append(label(left, top + 16, words.clip(row.label, 40), "start", "name"))
+        parts.append(label(left, top + 16, words.clip(row.label, 64), "start", "name"))
         parts.append(label(right, top + 16, row.text, "end", f"value {row.tone}"))
         if math.isfinite(row.low) and math.isfinite(row.high):
             parts.append(line(x(row.low), at, x(row.high), at, f"whisker {row.tone}"))

@@ -64,9 +64,9 @@ def rank_diagram(plot: Ranks, key: str) -> Markup:
     places = sorted(plot.places, key=lambda place: (place[1], place[0]))
     if len(places) < 2:
         return join()
-    x = Scale(low=1.0, high=float(len(places)), start=150.0, end=WIDTH - 150.0)
+    x = Scale(low=1.0, high=float(len(places)), start=24.0, end=WIDTH - 24.0)
     rank = dict(places)
-    top, half = 76.0, math.ceil(len(places) / 2)
+    top = 76.0
     bars = [(min(rank[n] for n in names), max(rank[n] for n in names)) for names in plot.sets if len(names) > 1]
     under = top + 16 + 11 * len(bars)
     parts = [line(x(1.0), top, x(float(len(places))), top, "axis")]
@@ -79,16 +79,19 @@ def rank_diagram(plot: Ranks, key: str) -> Markup:
         parts.append(label(x(1.0), 14, f"critical difference {words.number(plot.distance)}{more}", "start", "unit"))
     for row, (first, last) in enumerate(bars):
         parts.append(line(x(first) - 4, top + 12 + 11 * row, x(last) + 4, top + 12 + 11 * row, "bar"))
-    for index, (name, value) in enumerate(places):
-        left = index < half
-        row = index if left else len(places) - 1 - index
-        down, side = under + 18 + 24 * row, 140.0 if left else WIDTH - 140.0
-        parts.append(element("polyline", {"points": f"{x(value):.1f},{top:.1f} {x(value):.1f},{down:.1f} {side:.1f},{down:.1f}", "class": "branch"}))
-        parts.append(label(side - 6 if left else side + 6, down + 4, f"{words.clip(name, 22)} {value:.2f}", "end" if left else "start", "name"))
+    # a name stands beside the foot of its line; the order of the rows keeps deeper lines on its other side
+    middle = (x.start + x.end) / 2
+    left = [place for place in places if x(place[1]) <= middle][::-1]
+    rows = [*left, *(place for place in places if x(place[1]) > middle)]
+    parts += [line(x(value), top, x(value), under + 18 + 24 * row, "branch") for row, (_, value) in enumerate(rows)]
+    for row, (name, value) in enumerate(rows):
+        down, inner = under + 18 + 24 * row, x(value) <= middle
+        text = f"{words.clip(name, 60)} ({value:.2f})"
+        parts.append(label(x(value) + 8 if inner else x(value) - 8, down + 2, text, "start" if inner else "end", "name"))
     told = "; ".join(f"{name}: {value:.2f}" for name, value in places)
     apart = "; ".join(" and ".join(names) for names in plot.sets if len(names) > 1)
     description = f"Mean ranks, 1 is the best. {told}. Not shown to differ: {apart or 'none'}."
-    return picture(key, plot.title, description, under + 18 + 24 * half, *parts)
+    return picture(key, plot.title, description, under + 18 + 24 * len(places), *parts)
 
 
 def undominated(costs: list[tuple[float, float]], *, less_is_better: bool) -> list[bool]:
