@@ -45,6 +45,6 @@ __all__ = [
     "load_experiment",
     "load_study",
     "run",
-    "study_overview",
     "search",
+    "study_overview",
 ]
