@@ -21,7 +21,7 @@ __all__ = ["CellState", "StudyOverview", "study_overview"]
 
 @record
 class CellState:
-    """One cell. `score` is its primary estimate; `why` says what is wrong where it failed, or why its arm was dropped; `run` is the folder of its training, where there is one."""
+    """One cell. `score` is its primary estimate; `why` says what is wrong where it failed or why it was dropped; `run` is its training's folder, if any."""
 
     id: str
     arm: str
