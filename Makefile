@@ -18,7 +18,7 @@ COOKBOOK := $(VENV)/cookbook/.installed
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference conformance bench-events
+.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference conformance bench-events bench-stats
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -57,6 +57,10 @@ bench-losses: $(DEV) ## Show what the structure losses do (15 to 30 minutes)
 bench-inference: $(DEV) ## Measure hedging and routing beside the offline optimum and the rivals on PyPI (5 minutes)
 	@$(PIP) hedge-python==0.3.0 httpx-hedged==0.5.0 || echo "The rivals could not be installed; the table is without them." >&2
 	@$(BIN)/python benchmarks/inference.py $(ARGS)
+
+bench-stats: $(DEV) ## Hold the statistics to their oracles: stored cases, coverage, p-values, time beside pingouin (10 to 20 minutes)
+	@$(PIP) --group oracles
+	@$(BIN)/python benchmarks/stats.py $(ARGS)
 
 docs: $(DEV) ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide the warnings from --strict too

@@ -78,7 +78,7 @@ def test_run_says_what_was_found_and_writes_the_report(study: tuple[Path, Path, 
     assert reply.exit_code == 0
     data = reply.data
     assert isinstance(data, dict)
-    assert data["cells"] == {"done": 4, "failed": 2, "pending": 0}
+    assert data["cells"] == {"done": 4, "failed": 2, "pending": 0, "dropped": 0}
     assert is_study(folder)
     assert not is_study(folder / "cells")
 

@@ -214,3 +214,13 @@ def test_settings_of_the_run_are_checked(experiment: Experiment, tmp_path: Path)
     for wrong in ({"jobs": -1}, {"executor": "cluster"}):
         with pytest.raises(ConfigError, match="jobs is"):
             run(experiment, tmp_path, **wrong)
+
+
+def test_models_can_be_asked_for_the_likeliest_label(made: Make, tmp_path: Path) -> None:
+    plan = made(choose=True, perplexity=False, primary="label_accuracy", matrix={}, seeds=(0,), hypotheses=())
+    assert plan.cells()[0].id != made(perplexity=False, primary="label_accuracy", matrix={}, seeds=(0,), hypotheses=()).cells()[0].id
+    study = run(plan, tmp_path, jobs=0)
+    for one in (*study.cells, *study.bases.values()):
+        assert one.evaluation is not None
+        assert {item.completion for item in one.evaluation.items} <= {"SUPPORT", "CONTRADICT", "NOT_ENOUGH_INFO"}
+    assert "by choosing the likeliest label" in analyse(study).methods

@@ -15,7 +15,23 @@ from markdown_it.token import Token
 
 from crucible_framework.reports import write_report
 from crucible_framework.reports.markup import element, join, raw
-from crucible_framework.reports.parts import Document, DotPlot, Fact, Interval, LineChart, Listing, Note, Sample, Samples, Section, Series, Table
+from crucible_framework.reports.parts import (
+    Document,
+    DotPlot,
+    Fact,
+    Interval,
+    LineChart,
+    Listing,
+    Note,
+    Point,
+    Ranks,
+    Sample,
+    Samples,
+    Scatter,
+    Section,
+    Series,
+    Table,
+)
 from crucible_framework.reports.text import fenced, inline, render_markdown
 from crucible_framework.reports.web import render_html
 from crucible_framework.reports.words import visible
@@ -60,6 +76,8 @@ def page(text: str) -> Document:
         table,
         chart,
         dots,
+        Scatter(title=text, x_label=text, y_label=text, points=(Point(label=text, x=1.0, y=0.5, low=0.4, high=0.6),), source=text, values=table, note=text),
+        Ranks(title=text, places=((text, 1.0), ("plain", 2.0)), sets=((text, "plain"),), distance=1.5, source=text, values=table, note=text),
         Samples(rule=text, items=(sample,), source=text),
         Listing(title=text, text=text, language="sh", source=text),
         Note(text=text, source=text),

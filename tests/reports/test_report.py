@@ -303,7 +303,7 @@ def test_paths_events_and_formats(make_run: MakeRun, tmp_path: Path) -> None:
     sizes = [(event["format"], event["size_bytes"]) for event in seen if event["name"] == "report.written"]
     assert sizes == [("markdown", (folder / "report.md").stat().st_size), ("html", (folder / "report.html").stat().st_size)]
     assert write_report(folder, "html") == (folder / "report.html",)
-    assert tuple(FORMATS) == ("html", "markdown")
+    assert tuple(FORMATS) == ("html", "markdown", "latex", "json", "csv", "jupyter")
 
 
 def test_wrong_calls(make_run: MakeRun, tmp_path: Path) -> None:

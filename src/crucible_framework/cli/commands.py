@@ -14,7 +14,8 @@ from rich.console import Group
 from ..backends import connect
 from ..data import datasets as known_datasets
 from ..demo import run_demo
-from ..evaluation import compare, evaluate
+from ..evaluation import attempt, compare, evaluate
+from ..experiments import analyse
 from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
 from ..losses import resolve
@@ -27,7 +28,7 @@ from ..training import watch as watching
 from . import show
 from .asking import sample
 from .checkup import examine
-from .jobs import DataChoice, load_data, load_job, resolve_model
+from .jobs import DataChoice, load_data, load_job, load_rows, numbers, resolve_model, runnable
 from .reply import Reply, typed
 
 __all__ = ["register"]
@@ -101,7 +102,8 @@ def train(
 
 def score(
     model: str, /, *, dataset: str = "minifact", split: str = "test", task: str | None = None, limit: int | None = None, against: str | None = None,
-    scorers: list[str] | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int = 32, folder: Path | None = None, backend: str = "local",
+    scorers: list[str] | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int = 32, shots: int = 0, attempts: int = 1,
+    k: str = "1", temperature: float = 0.8, unsafe_local: bool = False, folder: Path | None = None, backend: str = "local",
 ) -> Reply:  # fmt: skip
     """Score a model on a data set, alone or paired with another.
 
@@ -115,13 +117,23 @@ def score(
         scorers: names; `label_accuracy` where none is given.
         choose: the answer is the label that the model finds likeliest, instead of what it writes.
         perplexity: also the targets' perplexity.
-        max_tokens: tokens per answer at the most; answers are greedy.
+        max_tokens: tokens per answer at the most; answers are greedy, but for attempts.
+        shots: solved training (else dev) examples of other documents before each question.
+        attempts: draw that many answers to each example and give pass@k without bias; the first scorer says what passes.
+        k: of pass@k; several with commas between.
+        temperature: of attempts.
+        unsafe_local: run code that the model wrote without a sandbox, as you; without it `passes_tests` refuses (exit code 78) where there is none.
         folder: keeps each row, so that an interrupted evaluation goes on.
         backend: local or fake.
     """
-    rows = load_data(DataChoice(name=dataset, task=task, limit=limit), split)
-    params, asked = SamplingParams(max_tokens=max_tokens, temperature=0.0), tuple(scorers or ("label_accuracy",))
-
+    rows, asked = load_rows(DataChoice(name=dataset, task=task, limit=limit), split, shots), runnable(scorers or ["label_accuracy"], unsafe=unsafe_local)
+    if attempts > 1:
+        drawn = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95, seed=0)
+        with connect(backend) as engine, progress_bar() as bar:
+            told, ks = partial(bar.stage, model), numbers("k", k)
+            tried = attempt(engine.sampler(resolve_model(model)), rows, asked[0], n=attempts, ks=ks, params=drawn, folder=folder, progress=told)
+        return Reply({"attempts": tried}, show.estimates(tried.estimates))
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     found: dict[str, Evaluation] = {}
     with connect(backend) as engine, progress_bar() as bar:
         for label, name in (("model", model), ("against", against)):
@@ -138,13 +150,17 @@ def score(
     return Reply({"evaluation": found[model], "against": found[against], "findings": findings}, Group(*parts, *map(show.finding_text, findings)))
 
 
-def report(folder: Path, /) -> Reply:
-    """Write report.html and report.md of a run or study.
+def report(folder: Path, /, *, format: str = "html,markdown") -> Reply:  # noqa: A002 - the flag's name
+    """Write the report of a run or study: report.html, report.md and others.
 
     Args:
         folder: of the run or study.
+        format: of html, markdown, latex, json, csv and jupyter, with commas between; a study is analysed anew.
     """
-    paths = write_study_report(folder) if is_study(folder) else write_report(folder)
+    asked = [name.strip() for name in format.split(",") if name.strip()]
+    if is_study(folder):
+        analyse(folder)
+    paths = write_study_report(folder, asked) if is_study(folder) else write_report(folder, asked)
     return Reply({"paths": [str(path) for path in paths]}, "\n".join(map(str, paths)))
 
 

@@ -11,6 +11,8 @@ from cyclopts import App, Parameter
 from rich.console import Group, RenderableType
 
 from ..config import places
+from ..data import leaks as find_leaks
+from ..data import load_dataset
 from ..errors import NotFoundError
 from ..evaluation import compare as compare_evaluations
 from ..evaluation import load_evaluation
@@ -29,7 +31,7 @@ Settings = Annotated[list[str] | None, Parameter(name="--set", help="A key of th
 
 def run(
     experiment: Path, /, *, settings: Settings = None, folder: Path | None = None, resume: bool = False, retry_failed: bool = False, dry_run: bool = False,
-    jobs: int = 1, executor: Literal["local", "ray"] = "local",
+    jobs: int = 1, together: int = 1, executor: Literal["local", "ray"] = "local",
 ) -> Reply:  # fmt: skip
     """Run an experiment: every arm with every seed on every data set, analysed and reported.
 
@@ -40,6 +42,7 @@ def run(
         retry_failed: run failed cells again.
         dry_run: only show the cells and what they will cost, from a few measured steps.
         jobs: cells side by side, each in its own process; 0 runs them in this one.
+        together: cells that train side by side in one process and share a base model there.
         executor: local, or ray.
     """
     plan = load_experiment(experiment, settings or ())
@@ -53,6 +56,7 @@ def run(
             resume=resume,
             retry_failed=retry_failed,
             jobs=jobs,
+            together=together,
             executor=executor,
             progress=lambda done, total, note: bar.stage("cells", done, total, note),
         )
@@ -68,7 +72,7 @@ def run(
 
 
 def _counts(study: Study) -> dict[str, int]:
-    return {status: len(study.of(status)) for status in ("done", "failed", "pending")}
+    return {status: len(study.of(status)) for status in ("done", "failed", "pending", "dropped")}
 
 
 def _dry(plan: Experiment, jobs: int) -> Reply:
@@ -88,13 +92,16 @@ def _dry(plan: Experiment, jobs: int) -> Reply:
 def _told(study: Study, analysis: Analysis) -> list[RenderableType]:
     counts = _counts(study)
     parts: list[RenderableType] = [
-        f"{counts['done']} of {len(study.cells)} cells have a result" + (f", {counts['failed']} failed." if counts["failed"] else ".")
+        f"{counts['done']} of {len(study.cells)} cells have a result"
+        + (f", {counts['failed']} failed" if counts["failed"] else "")
+        + (f", {counts['dropped']} were dropped." if counts["dropped"] else ".")
     ]
     for declared, title in ((True, "declared before"), (False, "exploratory")):
         chosen = [one for one in analysis.contrasts if one.declared is declared]
         if chosen:
             headings = (title, "data", "score", "difference", "interval", "p adjusted", "verdict")
             parts.append(show.table(headings, [_row(one) for one in chosen], ""))
+    parts += [f"dropped: {arm}: {because}" for arm, because in analysis.dropped.items()]
     parts += [f"failed: {one.id}: {one.error}: {one.message}" for one in analysis.failed]
     return parts
 
@@ -141,7 +148,26 @@ def compare(run_a: Path, run_b: Path, /, *, metric: str | None = None, level: fl
     return Reply({"finding": found, "verdict": verdict, "a": str(run_a), "b": str(run_b)}, text)
 
 
+# ---------------------------------------------------------------------------------------------------------------- leaks
+def leaks(dataset: str, /, *, train: str = "train", test: str = "test", task: str | None = None, n: int = 13, least: float = 0.5) -> Reply:
+    """Show test examples whose document or text is also in the training data.
+
+    Args:
+        dataset: name or path.
+        train: the split that is learned from.
+        test: the split that is asked.
+        task: where the data set has several.
+        n: words in a row that count as shared.
+        least: the share of a test example's n-grams that must be shared.
+    """
+    held = load_dataset(dataset, split=test, task=task)
+    found = find_leaks(load_dataset(dataset, split=train, task=task), held, n=n, least=least)
+    rows = [(one.test, one.train, f"{one.share:.0%}", one.why) for one in found[:50]]
+    text = f"{len(found)} of {len(held)} {test} examples of {dataset} share a document or text with {train}."
+    return Reply({"leaks": list(found), "of": len(held)}, Group(text, show.table(("test", "train", "shared", "why"), rows, "")) if rows else text)
+
+
 def register(app: App) -> None:
-    """Adds `run` and `compare`."""
-    app.command(run)
-    app.command(compare)
+    """Adds `run`, `compare` and `leaks`."""
+    for command in (run, compare, leaks):
+        app.command(command)

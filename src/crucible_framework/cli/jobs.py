@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import from_dict, load_toml, merge, parse_overrides, places
-from ..data import load_dataset
-from ..errors import NotFoundError
+from ..data import load_dataset, with_shots
+from ..errors import ConfigError, NotFoundError, UnknownNameError
+from ..evaluation import require_sandbox
 from ..protocols import Sampler
 from ..records import Checkpoint, Completion, Dataset, Message, SamplingParams, TrainConfig, record
 from ..sinks import to_jsonl
 from ..store import Checkpoints, Models, load_checkpoint
 
-__all__ = ["DataChoice", "TrainJob", "chat", "kept_events", "load_data", "load_job", "resolve_model"]
+__all__ = ["DataChoice", "TrainJob", "chat", "kept_events", "load_data", "load_job", "load_rows", "numbers", "resolve_model", "runnable"]
 
 
 @record
@@ -53,6 +54,37 @@ def load_job(file: Path | None, settings: list[str], flags: dict[str, object]) -
 def load_data(choice: DataChoice, split: str) -> Dataset:
     """The chosen rows of a split."""
     return load_dataset(choice.name, split=split, task=choice.task, limit=choice.limit)
+
+
+def load_rows(choice: DataChoice, split: str, shots: int) -> Dataset:
+    """The chosen rows of a split, each with solved examples of `train` (of `dev` where the data set has no `train`) before it."""
+    rows = load_data(choice, split)
+    if not shots:
+        return rows
+    try:
+        pool = load_dataset(choice.name, split="train", task=choice.task)
+    except UnknownNameError:
+        pool = load_dataset(choice.name, split="dev", task=choice.task)
+    return with_shots(rows, pool, shots)
+
+
+def runnable(names: list[str], *, unsafe: bool) -> tuple[str, ...]:
+    """The scorers' names, where one that runs code has its sandbox or the user's word that it needs none.
+
+    Raises:
+        UnsafeError: there is no sandbox, before any model is loaded.
+    """
+    if "passes_tests" in names and not unsafe:
+        require_sandbox("--unsafe-local")
+    return tuple("passes_tests_unsafely" if name == "passes_tests" and unsafe else name for name in names)
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--{flag} is {text!r}; expected whole numbers with commas between, for example 1,10.") from error
 
 
 def resolve_model(reference: str) -> str | Checkpoint:

@@ -15,7 +15,7 @@ from .reading import CELL
 
 __all__ = ["matrix_map", "studies_page", "study_page"]
 
-_STATES = ("done", "running", "failed", "broken", "pending")
+_STATES = ("done", "running", "failed", "broken", "dropped", "pending")
 
 
 def _progress(one: StudyOverview) -> Markup:

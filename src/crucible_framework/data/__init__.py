@@ -8,6 +8,7 @@ from .examples import LABELS, Loader, Source
 from .pairs import load_preferences, preference_examples
 from .rendering import Rendered, render, render_all
 from .sources import Row, read_rows
+from .splits import Leak, deduplicate, k_fold, leaks, sample_examples, split_dataset, with_shots
 from .tokens import ByteTokenizer, HuggingFaceTokenizer, completion_tokens, render_prompt
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Batches",
     "ByteTokenizer",
     "HuggingFaceTokenizer",
+    "Leak",
     "Listing",
     "Loader",
     "Rendered",
@@ -23,6 +25,9 @@ __all__ = [
     "Source",
     "completion_tokens",
     "datasets",
+    "deduplicate",
+    "k_fold",
+    "leaks",
     "load_dataset",
     "load_preferences",
     "normalise",
@@ -31,4 +36,7 @@ __all__ = [
     "render",
     "render_all",
     "render_prompt",
+    "sample_examples",
+    "split_dataset",
+    "with_shots",
 ]

@@ -25,6 +25,7 @@ _LICENCE = "CC0-1.0"
 DATASETS: Registry[Source | Loader] = Registry(
     "data set",
     {
+        "fever": "crucible_framework.data.fever:FEVER",
         "fever_symmetric": "crucible_framework.data.fever:SOURCE",
         "gsm8k": "crucible_framework.data.questions:GSM8K",
         "humaneval": "crucible_framework.data.questions:HUMANEVAL",

@@ -1,7 +1,8 @@
 """GSM8K, MMLU and HumanEval from their authors' files, with the prompts that their papers use.
 
 - `gsm8k`: grade-school word problems; the target is the worked solution that ends in `#### number`. The calculator's annotations
-  (`<<48/2=24>>`) are taken out of it. A tenth of the official train file, by sha256 of the question, is `dev`.
+  (`<<48/2=24>>`) are taken out of it. A tenth of the official train file, by sha256 of the question, is `dev`. `solve` asks the question
+  alone, `five_shot` puts five solved problems of `train` before it, as "Question: …", "Answer: …" (Gao et al., lm-evaluation-harness).
 - `mmlu`: four choices A to D in 57 subjects; `choice` asks the question alone, `five_shot` puts the subject's five `dev` questions before it.
   `dev` has these five; there is no train split.
 - `humaneval`: functions to complete; `meta` has the tests. Nothing here runs code. Only `test`.
@@ -43,11 +44,24 @@ def _in_dev(question: str) -> bool:
     return int.from_bytes(hashlib.sha256(question.encode()).digest(), "big") < DEV_SHARE * 2**256
 
 
+def _gsm8k_shots(train: Path) -> list[tuple[str, str]]:
+    """The first problems of the train part, one more than are shown, so that a problem is no example for itself."""
+    found: list[tuple[str, str]] = []
+    for row in read_rows(train):
+        question, answer = row.text("question").strip(), row.text("answer").strip()
+        if not _in_dev(question):
+            found.append((question, f"Question: {question}\nAnswer: {_ANNOTATION.sub('', answer)}"))
+        if len(found) > _SHOTS:
+            break
+    return found
+
+
 def _load_gsm8k(split: str, task: str | None, data: Path | None) -> Dataset:
     check_known("split of 'gsm8k'", split, GSM8K.splits)
-    check_known("task of 'gsm8k'", task or "solve", GSM8K.tasks)
+    task = check_known("task of 'gsm8k'", task or "solve", GSM8K.tasks)
     train, test = _find_gsm8k(data)
     path = test if split == "test" else train
+    shots = _gsm8k_shots(train) if task == "five_shot" else []
     pairs: list[tuple[Row, Example]] = []
     for number, row in enumerate(read_rows(path), start=1):
         question, answer = row.text("question").strip(), row.text("answer").strip()
@@ -57,16 +71,19 @@ def _load_gsm8k(split: str, task: str | None, data: Path | None) -> Dataset:
             raise FormatError(f"{row.where}: the answer has no line '#### number'. Use the authors' file.")
         name = f"{path.stem}-{number}"
         meta: dict[str, Json] = {"document": name, "answer": answer.rpartition("####")[2].strip()}
-        pairs.append((row, Example(id=name, prompt=question, target=_ANNOTATION.sub("", answer), meta=meta)))
+        before = [text for asked, text in shots if asked != question][:_SHOTS]
+        prompt = "\n\n".join([*before, f"Question: {question}\nAnswer:"]) if task == "five_shot" else question
+        pairs.append((row, Example(id=name, prompt=prompt, target=_ANNOTATION.sub("", answer), meta={**meta, "question": question})))
+    files = tuple(map(file_card, dict.fromkeys((train, path)))) if task == "five_shot" else (file_card(path),)
     source = "GSM8K, official test file." if split == "test" else f"GSM8K, official train file; dev is {DEV_SHARE:.0%} of it by sha256 of the question."
     citation = "Cobbe et al. 2021, Training Verifiers to Solve Math Word Problems, arXiv 2110.14168"
     card = DatasetCard(
-        name="gsm8k", split=split, task="solve", rows=0, sha256="", licence="MIT", source=source, citation=citation, files=(file_card(path),)
+        name="gsm8k", split=split, task=task, rows=0, sha256="", licence="MIT", source=source, citation=citation, files=files
     )  # fmt: skip
     return make_dataset(pairs, card)
 
 
-GSM8K = Source(load=_load_gsm8k, find=_find_gsm8k, tasks=("solve",), licence="MIT")
+GSM8K = Source(load=_load_gsm8k, find=_find_gsm8k, tasks=("solve", "five_shot"), licence="MIT")
 
 
 # ---------------------------------------------------------------------------------------------------------------- mmlu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .antagonist import AntagonistThresholds, Issue, IssueKind, IssueSummary, Severity, Signals, attack, severity_of, summarise_issues
+from .attempts import Attempts, attempt, pass_at_k
 from .claims import (
     Claim,
     Claims,
@@ -26,6 +27,7 @@ from .evaluate import GREEDY, evaluate
 from .labels import DEFAULT_LABELS, labels_of, stated_label, target_label
 from .quality import CLAIM_TARGETS, Gate, Shortfall, Target, check_quality, monitor, parse_target
 from .results import baselines, compare, load_evaluation
+from .sandbox import require_sandbox
 from .scoring import citation_accuracy, contains, exact_match, f1, label_accuracy, numeric, schema_compliance, scorers
 from .validation import Check, Outcome, Stage, Thresholds, Validation, chirality, invented_documents, validate, validation_lexical, validation_scorers
 
@@ -34,6 +36,7 @@ __all__ = [
     "DEFAULT_LABELS",
     "GREEDY",
     "AntagonistThresholds",
+    "Attempts",
     "BySentence",
     "Check",
     "Claim",
@@ -61,6 +64,7 @@ __all__ = [
     "Topology",
     "Validation",
     "attack",
+    "attempt",
     "baselines",
     "betti1",
     "check_quality",
@@ -86,7 +90,9 @@ __all__ = [
     "numeric",
     "parse_claims",
     "parse_target",
+    "pass_at_k",
     "polarity_conflict",
+    "require_sandbox",
     "schema_compliance",
     "scorers",
     "severity_of",

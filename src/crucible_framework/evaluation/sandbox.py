@@ -21,7 +21,7 @@ from typing import Literal
 from ..errors import UnsafeError
 from ..records import Completion, Example, Score, record
 
-__all__ = ["Ran", "SandboxLimits", "passes_tests", "passes_tests_unsafely", "program_of", "run_program", "sandbox_missing"]
+__all__ = ["Ran", "SandboxLimits", "passes_tests", "passes_tests_unsafely", "program_of", "require_sandbox", "run_program", "sandbox_missing"]
 
 _STOPS = re.compile(r"\n(?=class |def |#|if |print|@|assert )")
 _FENCE = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -94,8 +94,8 @@ def run_program(program: str, limits: SandboxLimits | None = None, *, unsafe: bo
     Raises:
         UnsafeError: there is no working sandbox here, and `unsafe` is off.
     """
-    if not unsafe and (why := sandbox_missing()):
-        raise UnsafeError(f"Code that a model wrote needs a sandbox, and {why}. Install bubblewrap, or run it unprotected with unsafe=True.")
+    if not unsafe:
+        require_sandbox("unsafe=True")
     return _run(program, limits or SandboxLimits(), unsafe=unsafe)
 
 
@@ -119,6 +119,16 @@ def _run(program: str, limits: SandboxLimits, *, unsafe: bool) -> Ran:
         errors.seek(max(0, errors.seek(0, 2) - 2000))
         told = errors.read().decode(errors="replace").strip()
     return Ran(outcome="failed", error=told or f"ended early with code {done.returncode}")
+
+
+def require_sandbox(way_out: str) -> None:
+    """Refuses where there is no working sandbox; `way_out` is what runs code without one.
+
+    Raises:
+        UnsafeError: there is none (exit code 78).
+    """
+    if why := sandbox_missing():
+        raise UnsafeError(f"Code that a model wrote needs a sandbox, and {why}. Install bubblewrap, or run it unprotected with {way_out}.")
 
 
 @functools.cache

@@ -40,6 +40,7 @@ scorers: Registry[Scorer] = Registry(
         **{name: f"crucible_framework.evaluation.claims:{name}" for name in _CLAIM_NAMES},
         **{name: f"crucible_framework.evaluation.validation:{name}" for name in _VALIDATION_NAMES},
         "passes_tests": "crucible_framework.evaluation.sandbox:passes_tests",
+        "passes_tests_unsafely": "crucible_framework.evaluation.sandbox:passes_tests_unsafely",
     },
 )
 """Names to scorers; `scorers.register("mine")` adds one."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from .analysis import Analysis, ArmSummary, Contrast, analyse, load_analysis
 from .cost import CellCost, Cost, Usage, estimate
-from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, experiment_from, load_experiment
+from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, Stopping, experiment_from, load_experiment
 from .overview import CellState, StudyOverview, study_overview
+from .rankings import Ranking
 from .runner import run
+from .search import Found, Range, Trial, search
 from .study import CellResult, Failure, Study, load_study
 
 __all__ = [
@@ -27,9 +29,14 @@ __all__ = [
     "DataPlan",
     "Experiment",
     "Failure",
+    "Found",
     "Hypothesis",
+    "Range",
+    "Ranking",
+    "Stopping",
     "Study",
     "StudyOverview",
+    "Trial",
     "Usage",
     "analyse",
     "estimate",
@@ -38,5 +45,6 @@ __all__ = [
     "load_experiment",
     "load_study",
     "run",
+    "search",
     "study_overview",
 ]

@@ -6,11 +6,10 @@ comparison without data says why, and failed cells are listed. This file does no
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Literal, cast
@@ -19,9 +18,12 @@ from .. import events, files
 from ..config import from_dict, to_dict
 from ..errors import NotFoundError, StatisticsError
 from ..records import Estimate, Evaluation, Finding, Json, record
-from ..stats import adjust, mean_estimate, paired_difference, seeds_and_items
+from ..stats import adjust, mean_estimate
 from . import methods
 from .design import BASE, Arm, Experiment, Hypothesis, less_is_better, select
+from .pairs import Scores, bounded, clusters_of, paired_up, tested
+from .rankings import Ranking, ranking_of
+from .stopping import alpha_at, kept_seeds
 from .study import FINDINGS, CellResult, Study, load_study
 
 __all__ = ["Analysis", "ArmSummary", "Contrast", "Failed", "analyse", "load_analysis"]
@@ -55,11 +57,12 @@ class Contrast:
         finding: the difference better − than, with several seeds about new examples and new seeds at once; None where there is none, and
             `note` says why.
         given_seeds: the same difference for the adapters at hand, so about new examples only.
-        p_adjusted: Holm's over the `family` comparisons of the same kind.
+        p_adjusted: Holm's over the `family` comparisons of the same kind; where arms may be dropped early, also for the number of looks.
         simultaneous: an interval that holds for all of the family at once (Bonferroni's level).
         per_seed: the difference in each of `seeds`.
         detectable: about the smallest true difference that this design finds with 80 % power.
         verdict: of `better`, from the adjusted p-value.
+        per_item: example → mean difference over seeds and settings; only of declared comparisons.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Contrast:
     detectable: float | None = None
     verdict: Verdict = "no result"
     note: str = ""
+    per_item: Mapping[str, float] = field(default_factory=dict)
 
 
 @record
@@ -92,7 +96,11 @@ class Failed:
 
 @record
 class Analysis:
-    """Everything that a study shows. `methods` is the paragraph for a paper, written from what was done; `sources` are its citations."""
+    """Everything that a study shows.
+
+    `dropped` says of each arm that was dropped early why; `methods` is the paragraph for a paper, written from what was done; `sources` are its
+    citations.
+    """
 
     name: str
     primary: str
@@ -101,8 +109,10 @@ class Analysis:
     contrasts: tuple[Contrast, ...]
     failed: tuple[Failed, ...]
     pending: tuple[str, ...]
+    dropped: Mapping[str, str]
     methods: str
     sources: tuple[str, ...]
+    rankings: tuple[Ranking, ...] = ()
 
     def __getitem__(self, name: str) -> Contrast:
         """The first contrast of that name."""
@@ -112,151 +122,54 @@ class Analysis:
         raise NotFoundError(f"There is no contrast {name!r}. Known: {', '.join(sorted({one.name for one in self.contrasts}))}.")
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
-class _Scores:
-    """A study's scores, by arm, seed and data set."""
-
-    def __init__(self, study: Study) -> None:
-        self.study, self.arms = study, study.experiment.arms()
-        self._cells = {(cell.arm, cell.seed, cell.data): cell for cell in study.cells}
-
-    def of(self, arm: str, seed: int, data: str, against: str) -> Evaluation | None:
-        """An arm's evaluation, or that of the base which `against` started from."""
-        cell = self._cells[against if arm == BASE else arm, seed, data]
-        found: CellResult = self.study.base_of(cell) if arm == BASE else cell
-        return found.evaluation
-
-
-class _Paired:
-    """Scores of two sides, pair by pair: the same item, the same seed, the same other settings."""
-
-    def __init__(self) -> None:
-        self.before: list[float | None] = []
-        self.after: list[float | None] = []
-        self.items: list[str] = []
-        self.documents: list[str] = []
-        self.seeds: dict[int, dict[str, list[tuple[float | None, float | None]]]] = {}
-        self.sets = 0
-        self.missing: list[int] = []
-
-    def add(self, seed: int, before: Evaluation, after: Evaluation, metric: str) -> None:
-        """One pair of evaluations; items in the order of their ids, so that neither side's order decides a bit."""
-        other = {item.id: item for item in before.items}
-        rows = self.seeds.setdefault(seed, {})
-        for item in sorted(after.items, key=lambda one: one.id):
-            pair = other[item.id].scores.get(metric), item.scores.get(metric)
-            self.before.append(pair[0])
-            self.after.append(pair[1])
-            self.items.append(item.id)
-            self.documents.append(item.document)
-            rows.setdefault(item.id, []).append(pair)
-        self.sets += 1
-
-    def clusters(self) -> list[str] | None:
-        """Documents where every item has one; else the items, where they come more than once."""
-        return _clusters(self.items, self.documents, self.sets)
-
-    def per_seed(self) -> dict[int, float]:
-        """The mean difference of each seed that has one."""
-        found = {seed: [b - a for pairs in rows.values() for a, b in pairs if a is not None and b is not None] for seed, rows in self.seeds.items()}
-        return {seed: fmean(values) for seed, values in found.items() if values}
-
-    def rows(self) -> tuple[list[list[float | None]], list[list[float | None]], list[str] | None]:
-        """(before, after) as [seed][item], each the mean over the other settings, and the items' documents."""
-        sides = [[[_mean([pair[side] for pair in pairs]) for pairs in rows.values()] for rows in self.seeds.values()] for side in (0, 1)]
-        documents = dict(zip(self.items, self.documents, strict=True))
-        return sides[0], sides[1], list(documents.values()) if all(documents.values()) else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if len(known) == len(values) else None
-
-
-def _clusters(items: Sequence[str], documents: Sequence[str], sets: int) -> list[str] | None:
-    if documents and all(documents):
-        return list(documents)
-    return list(items) if sets > 1 else None
-
-
-def _paired(scores: _Scores, pairs: Sequence[tuple[str, str]], data: str, metric: str) -> _Paired:
-    found = _Paired()
-    for seed in scores.study.experiment.seeds:
-        sides = [(scores.of(than, seed, data, better), scores.of(better, seed, data, than)) for better, than in pairs]
-        if any(before is None or after is None for before, after in sides):
-            found.missing.append(seed)  # the whole seed: what is left would not be balanced over the other settings
-            continue
-        for before, after in sides:
-            found.add(seed, cast("Evaluation", before), cast("Evaluation", after), metric)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------------ contrasts
-def _bounded(metric: str) -> bool | None:
-    return False if metric == "target_nll" else None
-
-
-def _tested(name: str, paired: _Paired, metric: str, level: float) -> tuple[Finding, Finding | None]:
-    """(the finding about new examples and, with several seeds, new seeds; the one about new examples for the adapters at hand).
-
-    Raises:
-        StatisticsError: too few items or documents, or no spread.
-    """
-    refused: StatisticsError | None = None
-    given: Finding | None = None
-    try:
-        given = paired_difference(name, paired.before, paired.after, clusters=paired.clusters(), level=level, bounded=_bounded(metric))
-    except StatisticsError as error:
-        refused = error
-    if len(paired.seeds) > 1:
-        before, after, documents = paired.rows()
-        with contextlib.suppress(StatisticsError):
-            both = seeds_and_items(name, before, after, clusters=documents, paired_seeds=True, level=level)
-            if both.interval[0] < both.interval[1]:  # without any spread a t interval has no width; the score method is then the honest one
-                return both, given
-    if given is None:
-        raise refused or StatisticsError(f"{name!r} has no finding.")
-    return given, given
-
-
-def _contrast(scores: _Scores, hypothesis: Hypothesis, data: str, *, declared: bool) -> Contrast:
+def _contrast(scores: Scores, hypothesis: Hypothesis, data: str, *, declared: bool) -> Contrast:
     experiment = scores.study.experiment
-    metric, level = hypothesis.metric or experiment.primary, 1 - experiment.alpha
+    metric = hypothesis.metric or experiment.primary
     name = f"{hypothesis.better} − {hypothesis.than}"
     plain = Contrast(name=name, better=hypothesis.better, than=hypothesis.than, data=data, metric=metric, declared=declared, because=hypothesis.because)
-    paired = _paired(scores, select(scores.arms, hypothesis), data, metric)
-    missing = f"without seed {', '.join(map(str, paired.missing))}: a cell has failed or has not run" if paired.missing else ""
+    paired = paired_up(scores, select(scores.arms, hypothesis), data, metric, kept_seeds(experiment))
+    missing = f"without seed {', '.join(map(str, paired.missing))}: {_why_missing(scores, hypothesis, paired.missing)}" if paired.missing else ""
     if not paired.items:
         return replace(plain, note=missing or "nothing was measured")
     means = paired.per_seed()
-    plain = replace(plain, seeds=tuple(means), per_seed=tuple(means.values()), note=missing)
+    each = paired.per_item() if declared else {}
+    plain = replace(plain, seeds=tuple(means), per_seed=tuple(means.values()), note=missing, per_item=each)
     try:
-        finding, given = _tested(name, paired, metric, level)
+        finding, given = tested(name, paired, metric, 1 - alpha_at(experiment, len(paired.seeds)))
     except StatisticsError as error:
         return replace(plain, note="; ".join(filter(None, (str(error), missing))))
-    critical = NormalDist().inv_cdf(1 - experiment.alpha / 2)
+    critical = NormalDist().inv_cdf((1 + finding.level) / 2)
     half = (finding.interval[1] - finding.interval[0]) / 2
     return replace(plain, finding=finding, given_seeds=given, detectable=half * (critical + NormalDist().inv_cdf(POWER)) / critical)
 
 
-def _judged(scores: _Scores, family: Sequence[Contrast]) -> list[Contrast]:
+def _why_missing(scores: Scores, hypothesis: Hypothesis, seeds: Sequence[int]) -> str:
+    names = {name for pair in select(scores.arms, hypothesis) for name in pair}
+    statuses = {cell.status for cell in scores.study.cells if cell.seed in seeds and cell.arm in names}
+    return "a cell has failed or has not run" if statuses & {"failed", "pending"} else "an arm was dropped before"
+
+
+def _judged(scores: Scores, family: Sequence[Contrast]) -> list[Contrast]:
     """The contrasts with what depends on how many they are."""
     experiment = scores.study.experiment
-    tested = [one for one in family if one.finding is not None]
-    adjusted = iter(adjust([one.finding.p_value for one in tested if one.finding is not None], "holm"))
-    level = 1 - experiment.alpha / max(1, len(tested))
+    with_finding = [one for one in family if one.finding is not None]
+    looks = [experiment.alpha / alpha_at(experiment, len(one.seeds)) for one in with_finding]  # 1 where nothing is looked at early
+    own = [min(1.0, one.finding.p_value * look) for one, look in zip(with_finding, looks, strict=True) if one.finding is not None]
+    adjusted = iter(adjust(own, "holm"))
     found: list[Contrast] = []
     for one in family:
         if one.finding is None:
-            found.append(replace(one, family=len(tested)))
+            found.append(replace(one, family=len(with_finding)))
             continue
         p = next(adjusted)
         hypothesis = Hypothesis(better=one.better, than=one.than, metric=one.metric)
-        paired = _paired(scores, select(scores.arms, hypothesis), one.data, one.metric)
-        wide, _ = _tested(one.name, paired, one.metric, level)
+        paired = paired_up(scores, select(scores.arms, hypothesis), one.data, one.metric, kept_seeds(experiment))
+        level = 1 - alpha_at(experiment, len(one.seeds)) / len(with_finding)
+        wide, _ = tested(one.name, paired, one.metric, level)
         gain = -one.finding.effect if less_is_better(one.metric) else one.finding.effect
         verdict: Verdict = "not shown" if p > experiment.alpha or gain == 0 else "better" if gain > 0 else "worse"
-        found.append(replace(one, p_adjusted=p, family=len(tested), simultaneous=wide.interval, verdict=verdict))
+        found.append(replace(one, p_adjusted=p, family=len(with_finding), simultaneous=wide.interval, verdict=verdict))
     return found
 
 
@@ -278,7 +191,7 @@ def _axes(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
     return [column for column in columns if len(column) > 1]
 
 
-def _contrasts(scores: _Scores) -> tuple[Contrast, ...]:
+def _contrasts(scores: Scores) -> tuple[Contrast, ...]:
     experiment, arms = scores.study.experiment, scores.arms
 
     def key(hypothesis: Hypothesis) -> tuple[object, str]:
@@ -300,12 +213,14 @@ def _summary(study: Study, name: str, results: Mapping[int, CellResult], data: s
     values = [item.scores.get(metric) for item, _ in rows]
     per_seed = {seed: [v for item in one.items if (v := item.scores.get(metric)) is not None] for seed, one in done.items()}
     means = tuple(fmean(found) for found in per_seed.values() if found)
+    dropped = next((cell.dropped for cell in results.values() if cell.dropped), "")
     note = f"{len(results) - len(done)} of {len(results)} have no result" if len(done) < len(results) else ""
+    note = f"{note}; dropped: {dropped}" if dropped else note
     estimate = None
     if rows:
-        clusters = _clusters([item.id for item, _ in rows], [item.document for item, _ in rows], len(done))
+        clusters = clusters_of([item.id for item, _ in rows], [item.document for item, _ in rows], len(done))
         try:
-            estimate = mean_estimate(metric, values, clusters=clusters, level=1 - study.experiment.alpha, bounded=_bounded(metric))
+            estimate = mean_estimate(metric, values, clusters=clusters, level=1 - study.experiment.alpha, bounded=bounded(metric))
         except StatisticsError as error:
             note = "; ".join(filter(None, (note, str(error))))
     return ArmSummary(arm=name, data=data, metric=metric, estimate=estimate, seeds=tuple(per_seed), per_seed=means, note=note)
@@ -320,7 +235,25 @@ def _summaries(study: Study) -> tuple[ArmSummary, ...]:
         names = {identity: BASE if len(bases) == 1 else identity for identity in bases}
         found += [_summary(study, names[identity], {0: result}, plan.key, metric) for identity, result in bases.items()]
         for arm in experiment.arms():
-            found.append(_summary(study, arm.name, {cell.seed: cell for cell in here if cell.arm == arm.name}, plan.key, metric))
+            results = {cell.seed: cell for cell in here if cell.arm == arm.name and cell.seed in kept_seeds(experiment)}
+            found.append(_summary(study, arm.name, results, plan.key, metric))
+    return tuple(found)
+
+
+def _rankings(study: Study) -> tuple[Ranking, ...]:
+    """Of the primary metric on each data set."""
+    experiment, metric, found = study.experiment, study.experiment.primary, list[Ranking]()
+    for plan in experiment.data:
+        here = [cell for cell in study.cells if cell.data == plan.key]
+        bases = {study.base_of(cell).id: study.base_of(cell) for cell in here}
+        sides: dict[str, list[Evaluation]] = {}
+        for name, results in [(BASE if len(bases) == 1 else one.id, [one]) for one in bases.values()]:
+            sides[name] = [one.evaluation for one in results if one.evaluation is not None]
+        for arm in experiment.arms():
+            mine = [cell.evaluation for cell in here if cell.arm == arm.name and cell.seed in kept_seeds(experiment)]
+            sides[arm.name] = [one for one in mine if one is not None]
+        ranking = ranking_of(plan.key, metric, sides, alpha=experiment.alpha, less_is_better=less_is_better(metric))
+        found += [ranking] if ranking is not None else []
     return tuple(found)
 
 
@@ -344,11 +277,11 @@ def analyse(study: Study | str | Path) -> Analysis:
     Source: Holm 1979, Scand. J. Statistics 6:65-70; Miller 2024, arXiv 2411.00640; and each finding's own.
     """
     study = study if isinstance(study, Study) else load_study(study)
-    contrasts = _contrasts(_Scores(study))
+    contrasts = _contrasts(Scores(study))
     failed = tuple(
         Failed(id=one.id, error=one.failure.error, message=one.failure.message) for one in (*study.bases.values(), *study.cells) if one.failure is not None
     )
-    found = [one.finding for one in contrasts if one.finding is not None]
+    found, rankings = [one.finding for one in contrasts if one.finding is not None], _rankings(study)
     analysis = Analysis(
         name=study.experiment.name,
         primary=study.experiment.primary,
@@ -357,8 +290,10 @@ def analyse(study: Study | str | Path) -> Analysis:
         contrasts=contrasts,
         failed=failed,
         pending=tuple(one.id for one in study.of("pending")),
+        dropped={one.arm: one.dropped for one in study.of("dropped")},
         methods=methods.paragraph(study, found, declared=sum(one.declared and one.finding is not None for one in contrasts)),
-        sources=methods.sources(found),
+        sources=methods.sources([*found, *(one.overall for one in rankings)]),
+        rankings=rankings,
     )
     files.write_json(study.folder / FINDINGS, _plain(to_dict(analysis)))
     events.emit("experiment.analysed", experiment=analysis.name, contrasts=len(contrasts), failed=len(failed))

@@ -11,13 +11,13 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from ..config import fingerprint, from_dict, load_toml, merge, parse_overrides, to_dict
 from ..errors import ConfigError, UnknownNameError
 from ..records import Json, SamplingParams, TrainConfig, record
 
-__all__ = ["BASE", "Arm", "Budget", "Cell", "DataPlan", "Experiment", "Hypothesis", "load_experiment", "select"]
+__all__ = ["BASE", "Arm", "Budget", "Cell", "DataPlan", "Experiment", "Hypothesis", "Stopping", "load_experiment", "select", "word"]
 
 BASE = "base"
 """The untrained base model, wherever an arm can be named."""
@@ -112,6 +112,27 @@ class Budget:
 
 
 @record
+class Stopping:
+    """Arms may be dropped before all their seeds have run; `stopping.py` says how the tests stay valid.
+
+    Attributes:
+        rule: "hopeless" drops an arm that is shown to be worse than another; "halving" keeps the best `keep` after `selection` seeds.
+        spending: of α over the looks of "hopeless", one a seed from the second on: "obrien-fleming", "pocock" or "linear".
+        keep: the share of arms that "halving" keeps, by the best loss on `data.dev`.
+        selection: seeds that "halving" chooses by; no test uses them.
+    """
+
+    rule: Literal["hopeless", "halving"] = "hopeless"
+    spending: Literal["obrien-fleming", "pocock", "linear"] = "pocock"
+    keep: float = 0.5
+    selection: int = 1
+
+    def __post_init__(self) -> None:
+        _need(self, "keep", 0 < self.keep < 1, "a share between 0 and 1")
+        _need(self, "selection", self.selection >= 1, "a whole number of at least 1")
+
+
+@record
 class Arm:
     """One way of training. `parts` are what sets it apart in words ("lora.rank=8"); its name is their list."""
 
@@ -149,9 +170,11 @@ class Experiment:
         scorers: names; `perplexity` adds "target_nll".
         primary: the metric that decides; one of the scorers or "target_nll".
         sampling: how answers are drawn.
+        choose: the answer is the label that the model finds likeliest instead of what it writes, so that bases are compared fairly.
         in_flight: questions asked ahead; 1 is used with `perplexity`, so that every bit of it is reproducible.
         hypotheses: claimed beforehand and corrected together; everything else is exploratory.
         alpha: the share of false findings that a family of comparisons may have.
+        stopping: drops arms early; None runs every cell.
         budget, retries: limits; they may change between a run and its resumption. Retries are for failures that can pass.
     """
 
@@ -168,9 +191,11 @@ class Experiment:
     perplexity: bool = False
     primary: str = "label_accuracy"
     sampling: SamplingParams = _GREEDY
+    choose: bool = False
     in_flight: int = 8
     hypotheses: tuple[Hypothesis, ...] = ()
     alpha: float = 0.05
+    stopping: Stopping | None = None
     budget: Budget = Budget()
     retries: int = 1
 
@@ -184,15 +209,27 @@ class Experiment:
         for name, least in (("threads", 1), ("in_flight", 1), ("retries", 0)):
             _need(self, name, getattr(self, name) >= least, f"a whole number of at least {least}")
         for key, values in self.matrix.items():
-            words = [_word(value) for value in values]
+            words = [word(value) for value in values]
             if not words or len(set(words)) != len(words):
                 raise ConfigError(f"The axis {key!r} has the values {list(values)!r}; expected different ones, at least one.")
         arms = self.arms()
+        self._check_stopping(arms)
         for metric in (self.primary, *(h.metric for h in self.hypotheses)):
             if metric and metric not in self.metrics:
                 raise UnknownNameError("metric of this experiment", metric, self.metrics, fix="Add it to scorers, or set perplexity = true.")
         for hypothesis in self.hypotheses:
             select(arms, hypothesis)
+
+    def _check_stopping(self, arms: Sequence[Arm]) -> None:
+        rule = self.stopping
+        if rule is None:
+            return
+        least = 3 if rule.rule == "hopeless" else rule.selection + 1
+        if len(self.seeds) < least or len(arms) < 2:
+            raise ConfigError(f"stopping is {rule.rule!r} with {len(self.seeds)} seeds and {len(arms)} arms; expected at least {least} seeds and 2 arms.")
+        blind = any(plan.dev is None for plan in self.data) or any(arm.config.eval_interval == 0 for arm in arms)
+        if rule.rule == "halving" and blind:
+            raise ConfigError("stopping is 'halving', which chooses by the loss on held-out data; expected data.dev and train.eval_interval to be set.")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -230,12 +267,12 @@ def less_is_better(metric: str) -> bool:
     return metric in _LESS_IS_BETTER
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
     """A value on one line without commas, as names of arms need it."""
     if isinstance(value, Mapping):
-        return "+".join(f"{_word(weight)}*{name}" for name, weight in value.items())
+        return "+".join(f"{word(weight)}*{name}" for name, weight in value.items())
     if isinstance(value, (list, tuple)):
-        return "+".join(map(_word, value))
+        return "+".join(map(word, value))
     if isinstance(value, float):
         return f"{value:g}"
     return str(value).replace(",", ";")
@@ -280,7 +317,7 @@ def _arm(experiment: Experiment, name: str, settings: Mapping[str, object], chos
             backend = str(value)
         else:
             _set(tree, key, value)
-    parts = (*([name] if name else []), *(f"{key}={_word(value)}" for key, value in chosen if len(experiment.matrix[key]) > 1))
+    parts = (*([name] if name else []), *(f"{key}={word(value)}" for key, value in chosen if len(experiment.matrix[key]) > 1))
     title = ", ".join(parts) or "adapter"
     if title == BASE:
         raise ConfigError(f"A condition cannot be called {BASE!r}: that is the untrained model. Choose another name.")
@@ -294,7 +331,15 @@ def _slug(*words: str) -> str:
 def _cell(experiment: Experiment, arm: Arm, seed: int, plan: DataPlan) -> Cell:
     lora = dataclasses.replace(arm.config.lora, seed=seed)
     config = dataclasses.replace(arm.config, lora=lora, seed=seed)
-    asked = [to_dict(plan), list(experiment.scorers), experiment.perplexity, to_dict(experiment.sampling), dict(experiment.options), experiment.threads]
+    asked = [
+        to_dict(plan),
+        list(experiment.scorers),
+        experiment.perplexity,
+        to_dict(experiment.sampling),
+        dict(experiment.options),
+        experiment.threads,
+        experiment.choose,
+    ]
     mark = fingerprint({"config": to_dict(config), "backend": arm.backend, "asked": asked})[:8]
     base_mark = fingerprint({"model": config.base_model, "backend": arm.backend, "asked": asked})[:8]
     return Cell(

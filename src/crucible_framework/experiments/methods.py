@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..records import Finding
+from .design import word
 from .study import Study
 
 __all__ = ["paragraph", "sources"]
@@ -27,7 +28,7 @@ def paragraph(study: Study, findings: Sequence[Finding], *, declared: int) -> st
     """What was trained, asked, compared and corrected."""
     experiment = study.experiment
     arms = experiment.arms()
-    models, losses = ({str(getattr(arm.config, name)) for arm in arms} for name in ("base_model", "loss"))
+    models, losses = {arm.config.base_model for arm in arms}, {word(arm.config.loss) for arm in arms}
     first = (
         f"{_counted(len(arms), 'arm')} of LoRA fine-tuning ({_listed(sorted(models))}; loss {_listed(sorted(losses))}) "
         f"{'was' if len(arms) == 1 else 'were'} trained with {_counted(len(experiment.seeds), 'seed')} "
@@ -37,9 +38,26 @@ def paragraph(study: Study, findings: Sequence[Finding], *, declared: int) -> st
     without = [f"{len(cells)} {words}" for cells, words in ((study.of("failed"), "failed"), (study.of("pending"), "did not run")) if cells]
     if without:
         lines.append(f"{_listed(without)}; comparisons leave out the seeds that this concerns and say so.")
+    lines += _stopped(study)
     lines += _asked(study)
     lines += _compared(study, findings, declared)
     return " ".join(lines)
+
+
+def _stopped(study: Study) -> list[str]:
+    rule = study.experiment.stopping
+    if rule is None:
+        return []
+    dropped = len({cell.arm for cell in study.of("dropped")})
+    chosen = (
+        f"After {_counted(rule.selection, 'seed')} the share of {rule.keep:g} of the arms with the lowest loss on held-out data went on ({dropped} did not); "
+        "these seeds are in no test."
+    )
+    looked = (
+        f"After each seed from the second on, arms shown to be worse than another were dropped ({dropped} were), by group-sequential looks with "
+        f"{rule.spending} spending of α, divided by the number of pairs; intervals and p-values hold over all looks."
+    )
+    return [chosen if rule.rule == "halving" else looked]
 
 
 def _asked(study: Study) -> list[str]:
@@ -56,8 +74,9 @@ def _asked(study: Study) -> list[str]:
     ]
     if not parts:
         return ["Nothing was evaluated."]
-    how = "greedily" if sampling.temperature == 0 else f"at temperature {sampling.temperature:g}"
-    return [f"Every adapter and its untrained base answered {_listed(parts)} {how} with at most {sampling.max_tokens} tokens."]
+    drawn = "greedily" if sampling.temperature == 0 else f"at temperature {sampling.temperature:g}"
+    how = "by choosing the likeliest label" if study.experiment.choose else f"{drawn} with at most {sampling.max_tokens} tokens"
+    return [f"Every adapter and its untrained base answered {_listed(parts)} {how}."]
 
 
 def _compared(study: Study, findings: Sequence[Finding], declared: int) -> list[str]:

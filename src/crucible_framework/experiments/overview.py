@@ -21,13 +21,13 @@ __all__ = ["CellState", "StudyOverview", "study_overview"]
 
 @record
 class CellState:
-    """One cell. `score` is its primary estimate; `why` says what is wrong where it failed; `run` is the folder of its training, where there is one."""
+    """One cell. `score` is its primary estimate; `why` says what is wrong where it failed or why it was dropped; `run` is its training's folder, if any."""
 
     id: str
     arm: str
     seed: int
     data: str
-    status: Literal["done", "failed", "running", "pending", "broken"]
+    status: Literal["done", "failed", "running", "pending", "dropped", "broken"]
     score: float | None = None
     low: float | None = None
     high: float | None = None
@@ -58,8 +58,8 @@ class StudyOverview:
 
     @property
     def finished(self) -> bool:
-        """Whether every cell has a result or a recorded failure."""
-        return self.count("done") + self.count("failed") == len(self.cells)
+        """Whether every cell has a result, a recorded failure, or a reason for which it was dropped."""
+        return self.count("done") + self.count("failed") + self.count("dropped") == len(self.cells)
 
 
 def _number(value: Json) -> float | None:
@@ -70,7 +70,7 @@ def _state(folder: Path, cell: Cell, primary: str) -> CellState:
     run = work_folder(folder, "cell", cell.id) / "run"
     there = run if (run / "run.json").is_file() else None
 
-    def made(status: Literal["done", "failed", "running", "pending", "broken"], **more: object) -> CellState:
+    def made(status: Literal["done", "failed", "running", "pending", "dropped", "broken"], **more: object) -> CellState:
         return CellState(id=cell.id, arm=cell.arm, seed=cell.seed, data=cell.data, status=status, run=there, **more)  # type: ignore[arg-type] # checked by the record
 
     try:
@@ -82,6 +82,8 @@ def _state(folder: Path, cell: Cell, primary: str) -> CellState:
     if body["status"] == "failed":
         failure = cast("Mapping[str, Json]", body.get("failure") or {})
         return made("failed", why=f"{failure.get('error', 'Error')}: {failure.get('message', '')}")
+    if body["status"] == "dropped":
+        return made("dropped", why=str(body.get("because", "")))
     estimates = cast("Mapping[str, Mapping[str, Json]]", body.get("estimates") or {})
     found = estimates.get(primary, {})
     return made("done", score=_number(found.get("value")), low=_number(found.get("low")), high=_number(found.get("high")))

@@ -85,19 +85,19 @@ class InProcess:
 
 
 class _Worker:
-    """A worker process and the job that it has."""
+    """A worker process and the jobs that it has."""
 
-    def __init__(self, log: IO[bytes], threads: int, said: queue.SimpleQueue[tuple[_Worker, Message | None]]) -> None:
+    def __init__(self, log: IO[bytes], threads: int, together: int, said: queue.SimpleQueue[tuple[_Worker, Message | None]]) -> None:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path), "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and our own words
-            [sys.executable, "-c", f"from {__package__}.worker import main; main()"],
+            [sys.executable, "-c", f"from {__package__}.worker import main; main({together})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
             env=env,
             start_new_session=True,
         )
-        self.job: Job | None = None
+        self.jobs: dict[str, Job] = {}
         self._said = said
         self._reader = threading.Thread(target=self._read, name="crucible-worker-output", daemon=True)
         self._reader.start()
@@ -131,17 +131,18 @@ class _Worker:
 
 
 class Workers:
-    """`size` processes, started when they are needed and again when they have died.
+    """Processes, started when they are needed and again when they have died.
 
     Args:
-        size: how many.
+        processes: how many; `size` is the number of jobs that they can have.
+        together: jobs of one process at a time.
         threads: inside one operation, for libraries that read it from the environment.
         log: where their standard error goes.
     """
 
-    def __init__(self, size: int, threads: int, log: Path) -> None:
-        self.size, self.separate = size, True
-        self._threads = threads
+    def __init__(self, processes: int, threads: int, log: Path, together: int = 1) -> None:
+        self.size, self.separate = processes * together, True
+        self._processes, self._threads, self._together = processes, threads, together
         self._log = log.open("ab")
         self._workers: list[_Worker] = []
         self._said: queue.SimpleQueue[tuple[_Worker, Message | None]] = queue.SimpleQueue()
@@ -152,12 +153,12 @@ class Workers:
         return tuple(worker.process.pid for worker in self._workers)
 
     def submit(self, job: Job) -> None:
-        """Gives the job to an idle worker, or to a new one."""
-        worker = next((one for one in self._workers if one.job is None), None)
-        if worker is None:
-            worker = _Worker(self._log, self._threads, self._said)
+        """Gives the job to the worker with the fewest, or to a new one while there may be more."""
+        worker = min(self._workers, key=lambda one: len(one.jobs), default=None)
+        if worker is None or (worker.jobs and len(self._workers) < self._processes):
+            worker = _Worker(self._log, self._threads, self._together, self._said)
             self._workers.append(worker)
-        worker.job = job
+        worker.jobs[job.id] = job
         worker.send({"job": job.plain()})
 
     def messages(self, timeout_s: float) -> list[Message]:
@@ -173,10 +174,9 @@ class Workers:
         if message is None:
             self._workers.remove(worker)
             worker.end(GRACE_S)
-            lost = worker.job
-            return [{"kind": "died", "id": lost.id, "code": worker.process.returncode}] if lost is not None else []
+            return [{"kind": "died", "id": lost, "code": worker.process.returncode} for lost in worker.jobs]
         if message["kind"] != "progress":
-            worker.job = None
+            worker.jobs.pop(str(message["id"]), None)
         return [message]
 
     def stop(self) -> None:

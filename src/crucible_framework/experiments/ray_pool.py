@@ -20,7 +20,8 @@ from .worker import attempt
 
 __all__ = ["RayWorkers", "Remote"]
 
-START_S = 120.0
+START_S = 300.0
+"""Loading the libraries takes seconds on a free machine and minutes on a crowded one."""
 
 
 class _Method(Protocol):
@@ -64,7 +65,7 @@ class Remote:
 
     def __init__(self) -> None:
         self._engines, self._stop = Engines(), threading.Event()
-        self._progress: Message | None = None
+        self._progress: dict[str, Message] = {}
 
     def ready(self) -> bool:
         """Says that the actor has started."""
@@ -76,16 +77,17 @@ class Remote:
 
         def say(message: Message) -> None:
             if message["kind"] == "progress":
-                self._progress = message
+                self._progress[str(message["id"])] = message
             else:
+                self._progress.pop(str(message["id"]), None)
                 said.append(message)
 
         attempt(Job.of(cast("dict[str, object]", orjson.loads(job))), self._engines, say, self._stop.is_set)
         return orjson.dumps(said[-1])
 
-    def progress(self) -> bytes:
-        """How far the running job is."""
-        return orjson.dumps(self._progress)
+    def progress(self, job: str) -> bytes:
+        """How far a running job is."""
+        return orjson.dumps(self._progress.get(job))
 
     def stop(self) -> None:
         """Asks the running job to end."""
@@ -93,52 +95,60 @@ class Remote:
 
 
 class RayWorkers:
-    """`size` actors, made when they are needed and again when they have died.
+    """Actors, made when they are needed and again when they have died.
 
     Args:
-        size: how many at the most.
+        actors: how many at the most; `size` is the number of jobs that they can have.
         threads: processors of each actor.
+        together: jobs of one actor at a time.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster can never give an actor its processors.
     """
 
-    def __init__(self, size: int, threads: int) -> None:
+    def __init__(self, actors: int, threads: int, together: int = 1) -> None:
         try:
             ray, errors = importlib.import_module("ray"), importlib.import_module("ray.exceptions")
         except ImportError as error:
             raise ConfigError("The executor 'ray' needs Ray. Install it: pip install 'crucible-framework[ray]'.") from error
         self._ray = cast("_Ray", ray)
         self._timeout, self._error = cast("type[Exception]", errors.GetTimeoutError), cast("type[Exception]", errors.RayError)
-        self._idle: list[_Actor] = []
+        self._actors: list[tuple[_Actor, list[str]]] = []
         self._busy: dict[object, tuple[Job, _Actor]] = {}
         self._own = not self._ray.is_initialized()
         if self._own:
             self._ray.init(include_dashboard=False, log_to_driver=False)
         have = float(self._ray.cluster_resources().get("CPU", 0.0))
-        if have < threads * size:
+        if have < threads * actors:
             self.close()
             raise ConfigError(
-                f"{size} jobs of {threads} threads need {threads * size} processors; the Ray cluster has {have:g}. "
+                f"{actors} jobs of {threads} threads need {threads * actors} processors; the Ray cluster has {have:g}. "
                 "Ask for fewer jobs (--jobs) or threads, or add nodes."
             )
-        self.size, self.separate, self._threads = size, True, threads
+        self.size, self.separate = actors * together, True
+        self._most, self._threads, self._together = actors, threads, together
 
     def _actor(self) -> _Actor:
-        if self._idle:
-            return self._idle.pop()
-        # two calls at a time: the job, and `stop` or `progress` beside it
-        actor = self._ray.remote(num_cpus=self._threads, max_restarts=0, max_concurrency=2)(Remote).remote()
+        found = min(self._actors, key=lambda one: len(one[1]), default=None)
+        if found is not None and not (found[1] and len(self._actors) < self._most):
+            return found[0]
+        # one call more than jobs at a time: `stop` or `progress` beside them
+        actor = self._ray.remote(num_cpus=self._threads, max_restarts=0, max_concurrency=self._together + 1)(Remote).remote()
         try:
             self._ray.get(actor.ready.remote(), timeout=START_S)
         except self._timeout as error:
             self._ray.kill(actor)
             raise ExperimentError(f"Ray started no worker within {START_S:g} s. Look at `ray status`; finished cells are kept.") from error
+        self._actors.append((actor, []))
         return actor
+
+    def _jobs(self, actor: _Actor) -> list[str]:
+        return next((jobs for one, jobs in self._actors if one is actor), [])
 
     def submit(self, job: Job) -> None:
         """Gives the job to an idle actor, or to a new one."""
         actor = self._actor()
+        self._jobs(actor).append(job.id)
         self._busy[actor.perform.remote(orjson.dumps(job.plain()))] = (job, actor)
 
     def messages(self, timeout_s: float) -> list[Message]:
@@ -149,13 +159,15 @@ class RayWorkers:
             job, actor = self._busy.pop(future)
             try:
                 found.append(cast("Message", orjson.loads(cast("bytes", self._ray.get(future)))))
-                self._idle.append(actor)
+                self._jobs(actor).remove(job.id)
             except self._error as error:
-                self._ray.kill(actor)
+                if any(one is actor for one, _ in self._actors):
+                    self._actors = [pair for pair in self._actors if pair[0] is not actor]
+                    self._ray.kill(actor)
                 found.append({"kind": "died", "id": job.id, "code": type(error).__name__})
         for future in running:
             try:
-                told = orjson.loads(cast("bytes", self._ray.get(self._busy[future][1].progress.remote(), timeout=timeout_s + 1)))
+                told = orjson.loads(cast("bytes", self._ray.get(self._busy[future][1].progress.remote(self._busy[future][0].id), timeout=timeout_s + 1)))
             except self._error:
                 continue  # it is too busy to answer, or dead: then its job says so
             if told is not None and told["id"] == self._busy[future][0].id:
@@ -164,12 +176,12 @@ class RayWorkers:
 
     def stop(self) -> None:
         """Asks every actor."""
-        for _, actor in self._busy.values():
+        for actor, _ in self._actors:
             actor.stop.remote()
 
     def close(self) -> None:
         """Ends the actors, and Ray where this pool has started it."""
-        for actor in (*self._idle, *(actor for _, actor in self._busy.values())):
+        for actor, _ in self._actors:
             self._ray.kill(actor)
         if self._own:
             self._ray.shutdown()

@@ -23,7 +23,8 @@ from ..training.signals import stop_on_signal
 from .cost import Cost, Usage, calibrated, usage
 from .design import Experiment
 from .pool import InProcess, Message, Pool, Workers
-from .study import BASES, CELLS, LOCK, TIMINGS, Study, claim, full_plan, load_study, read_result, result_path
+from .stopping import decide, drop, rungs
+from .study import BASES, CELLS, LOCK, TIMINGS, Study, claim, full_plan, load_study, note_leaks, read_result, result_path
 from .work import Job, job_for
 
 __all__ = ["Told", "run"]
@@ -42,10 +43,10 @@ STILLBORN = 30
 class _Runner:
     """The loop and what it must remember between messages; nothing of it is needed to resume."""
 
-    def __init__(self, experiment: Experiment, folder: Path, jobs: list[Job], done: int, tell: Told | None) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, pending: int, done: int, tell: Told | None) -> None:
         self.experiment, self.folder = experiment, folder
-        self.waiting, self.active = deque(jobs), dict[str, Job]()
-        self.total, self.done, self._tell_user = len(jobs) + done, done, tell
+        self.waiting, self.active = deque[Job](), dict[str, Job]()
+        self.total, self.done, self._tell_user = pending + done, done, tell
         self.stopping: Literal["", "signal", "budget"] = ""
         self.over = ""
         self.cost: Cost | None = None
@@ -103,9 +104,26 @@ class _Runner:
         if self.pool is not None:
             self.pool.stop()
 
-    def loop(self, pool: Pool) -> None:
-        """Until everything has ended, or nothing may be started any more."""
-        self.pool = pool
+    def climb(self, *, retry_failed: bool) -> None:
+        """Seed by seed where arms may be dropped in between, else all at once."""
+        reached = 0
+        for seeds in rungs(self.experiment):
+            reached += len(seeds)
+            self.waiting = deque(_pending(self.experiment, self.folder, seeds, retry_failed=retry_failed)[0])
+            self.loop()
+            if self.stopping or self.waiting:
+                return
+            study = load_study(self.folder)
+            decided = decide(study, reached)
+            self.done += drop(study, decided)
+            for arm, because in decided.items():
+                events.decision("drop", chose=arm, among=[one.name for one in self.experiment.arms()], because=because)
+                self._say(f"dropped {arm}: {because}")
+
+    def loop(self) -> None:
+        """Until everything that waits has ended, or nothing may be started any more."""
+        pool = self.pool
+        assert pool is not None
         while self.waiting or self.active:
             while self.waiting and len(self.active) < pool.size and not self.stopping and self._affordable(self.waiting[0]):
                 self._start(self.waiting.popleft())
@@ -215,10 +233,10 @@ class _Runner:
             self._tell_user(self.done, self.total, what)
 
 
-def _pending(experiment: Experiment, folder: Path, *, retry_failed: bool) -> tuple[list[Job], int]:
-    """(jobs without a result, how many have one); a failure counts as a result unless it is to be tried again."""
+def _pending(experiment: Experiment, folder: Path, seeds: tuple[int, ...], *, retry_failed: bool) -> tuple[list[Job], int]:
+    """(jobs of these seeds without a result, how many have one); a failure counts as a result unless it is to be tried again."""
     found: list[Job] = []
-    cells = experiment.cells()
+    cells = [cell for cell in experiment.cells() if cell.seed in seeds]
     jobs = [job_for(experiment, cell, folder, "base") for cell in {cell.base: cell for cell in cells}.values()]
     jobs += [job_for(experiment, cell, folder, "cell") for cell in cells]
     for job in jobs:
@@ -228,12 +246,13 @@ def _pending(experiment: Experiment, folder: Path, *, retry_failed: bool) -> tup
     return found, len(jobs) - len(found)
 
 
-def _pool(executor: str, jobs: int, experiment: Experiment, folder: Path, runner: _Runner) -> Pool:
+def _pool(executor: str, jobs: int, together: int, runner: _Runner) -> Pool:
+    threads = runner.experiment.threads
     if executor == "ray":
         from .ray_pool import RayWorkers
 
-        return RayWorkers(max(1, jobs), experiment.threads)
-    return Workers(jobs, experiment.threads, folder / "workers.log") if jobs else InProcess(runner.heard)
+        return RayWorkers(max(1, jobs), threads, together)
+    return Workers(jobs, threads, runner.folder / "workers.log", together) if jobs else InProcess(runner.heard)
 
 
 def run(
@@ -243,6 +262,7 @@ def run(
     resume: bool = False,
     retry_failed: bool = False,
     jobs: int = 1,
+    together: int = 1,
     executor: Literal["local", "ray"] = "local",
     progress: Told | None = None,
 ) -> Study:
@@ -255,6 +275,7 @@ def run(
         resume: go on with the study that is there.
         retry_failed: run cells again whose failure is on file.
         jobs: worker processes (or Ray actors); 0 runs the cells in this process, where losses and scorers registered in it are known.
+        together: cells that train side by side in one process, sharing its backends and so the memory of their base model.
         executor: "local", or "ray" (needs the extra `[ray]`).
         progress: called when anything happens.
 
@@ -270,25 +291,30 @@ def run(
     Emits:
         `experiment.started`, with a budget `experiment.estimated`, `experiment.cell` for each that ends, `experiment.done`.
     """
-    if jobs < 0 or executor not in ("local", "ray"):
-        raise ConfigError(f"jobs is {jobs!r} and executor {executor!r}; expected at least 0, and 'local' or 'ray'.")
+    if jobs < 0 or together < 1 or (together > 1 and not jobs) or executor not in ("local", "ray"):
+        raise ConfigError(
+            f"jobs is {jobs!r}, together {together!r} and executor {executor!r}; expected at least 0 jobs (1 with together), at least 1 together, "
+            "and 'local' or 'ray'."
+        )
     folder = Path(folder)
     with files.lock(folder / LOCK, "study"):
         claim(folder, full_plan(experiment), resume=resume)
         for place in (folder, folder / CELLS, folder / BASES):
             files.sweep(place)
+        note_leaks(experiment, folder)
         if not (folder / "environment.json").exists():
             files.write_json(folder / "environment.json", describe_environment())
-        pending, done = _pending(experiment, folder, retry_failed=retry_failed)
+        pending, done = _pending(experiment, folder, experiment.seeds, retry_failed=retry_failed)
         events.emit("experiment.started", experiment=experiment.name, cells=len(pending) + done, pending=len(pending))
-        runner = _Runner(experiment, folder, pending, done, progress)
+        runner = _Runner(experiment, folder, len(pending), done, progress)
         with contextlib.closing(runner), stop_on_signal(lambda: runner.stop("signal")):
             if pending and experiment.budget.limited:
                 runner.plan_costs(calibrated(experiment, folder, jobs))
             if pending and not runner.stopping:
-                runner.loop(_pool(executor, jobs, experiment, folder, runner))
+                runner.pool = _pool(executor, jobs, together, runner)
+                runner.climb(retry_failed=retry_failed)
         study = replace(load_study(folder), stopped=runner.stopping == "signal", experiment=experiment)
-        counts: dict[str, Json] = {status: len(study.of(status)) for status in ("done", "failed", "pending")}
+        counts: dict[str, Json] = {status: len(study.of(status)) for status in ("done", "failed", "pending", "dropped")}
         events.emit("experiment.done", experiment=experiment.name, stopped=study.stopped, **counts)
         if runner.over and not study.stopped and not study.finished:
             raise BudgetExceeded(

@@ -4,6 +4,7 @@
     cells/<id>.json     one cell's result or failure; written whole or not at all, and without any time in it
     cells/<id>/         its run (checkpoints, metrics) and its evaluation, row by row
     bases/<id>.json     the same for an untrained base model, evaluated once for all cells that start from it
+    leaks.json          test examples that share a document or text with training data
     findings.json       what `analyse` said
     timings.jsonl       seconds and tokens of every attempt; calibration.json what was measured before the start
 
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from .. import files
-from ..config import differing_keys, from_dict
-from ..data import load_dataset
+from ..config import differing_keys, from_dict, to_dict
+from ..data import leaks, load_dataset
 from ..display import table_html
 from ..errors import ConfigError, CorruptError, NotFoundError, PlanChangedError
 from ..evaluation import load_evaluation
@@ -30,7 +31,8 @@ __all__ = ["CellResult", "Failure", "Study", "load_data", "load_study"]
 
 FORMAT = 1
 PLAN, FINDINGS, TIMINGS, CALIBRATION, LOCK = "plan.json", "findings.json", "timings.jsonl", "calibration.json", ".lock"
-CELLS, BASES = "cells", "bases"
+LEAKS, CELLS, BASES = "leaks.json", "cells", "bases"
+_SHOWN_LEAKS = 20
 Kind = Literal["cell", "base"]
 
 
@@ -49,6 +51,7 @@ class CellResult:
     Attributes:
         base: the id of the untrained model that it started from (its own, where it is one).
         training: losses, steps and tokens; like `evaluation` it is empty without a result.
+        dropped: why its arm was dropped before it ran.
     """
 
     id: str
@@ -56,10 +59,11 @@ class CellResult:
     seed: int
     data: str
     base: str
-    status: Literal["done", "failed", "pending"]
+    status: Literal["done", "failed", "pending", "dropped"]
     training: Mapping[str, Json]
     evaluation: Evaluation | None = None
     failure: Failure | None = None
+    dropped: str = ""
 
 
 @record
@@ -72,13 +76,13 @@ class Study:
     bases: Mapping[str, CellResult]
     stopped: bool = False
 
-    def of(self, status: Literal["done", "failed", "pending"]) -> tuple[CellResult, ...]:
+    def of(self, status: Literal["done", "failed", "pending", "dropped"]) -> tuple[CellResult, ...]:
         """The cells in that state."""
         return tuple(cell for cell in self.cells if cell.status == status)
 
     @property
     def finished(self) -> bool:
-        """Whether every cell has a result or a recorded failure."""
+        """Whether every cell has a result, a recorded failure, or a reason for which it was dropped."""
         return not self.of("pending")
 
     def _repr_html_(self) -> str:
@@ -125,6 +129,18 @@ def full_plan(experiment: Experiment) -> dict[str, Json]:
         train, test, dev = load_data(plan)
         data[plan.key] = {"train": train.card.sha256, "test": test.card.sha256, "dev": dev.card.sha256 if dev else None}
     return {"format_version": FORMAT, "experiment": experiment.plan(), "data_sha256": data, "cells": [cell.id for cell in experiment.cells()]}
+
+
+def note_leaks(experiment: Experiment, folder: Path) -> None:
+    """Writes once which test examples share a document or text with training data; the report says so."""
+    if (folder / LEAKS).exists():
+        return
+    shared: dict[str, Json] = {}
+    for plan in experiment.data:
+        train, test, _ = load_data(plan)
+        found = leaks(train, test)
+        shared[plan.key] = {"count": len(found), "of": len(test), "first": [to_dict(leak) for leak in found[:_SHOWN_LEAKS]]}
+    files.write_json(folder / LEAKS, shared)
 
 
 def claim(folder: Path, plan: dict[str, Json], *, resume: bool) -> None:
@@ -188,7 +204,7 @@ def read_result(path: Path) -> dict[str, Json] | None:
     if not path.exists():
         return None
     body = files.read_json(path)
-    if not isinstance(body, dict) or body.get("status") not in ("done", "failed"):
+    if not isinstance(body, dict) or body.get("status") not in ("done", "failed", "dropped"):
         raise CorruptError(f"{str(path)!r} is no result of a cell. Delete it and resume to run the cell again.")
     return body
 
@@ -203,6 +219,8 @@ def _read(folder: Path, kind: Kind, identity: str, cell: Cell) -> CellResult:
     if body["status"] == "failed":
         failure = from_dict(Failure, cast("dict[str, object]", body["failure"]))
         return replace(empty, status="failed", failure=failure)
+    if body["status"] == "dropped":
+        return replace(empty, status="dropped", dropped=str(body.get("because", "")))
     evaluation = load_evaluation(work_folder(folder, kind, identity) / "eval")
     if body.get("scores_sha256") != files.sha256_file(work_folder(folder, kind, identity) / "eval" / "scores.jsonl"):
         raise CorruptError(f"{str(path)!r} was written for other scores. Delete it and resume to run the cell again.")

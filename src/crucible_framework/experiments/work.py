@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ from ..backends import backends as known_backends
 from ..config import from_dict, to_dict
 from ..errors import CrucibleError
 from ..evaluation import evaluate
+from ..inference import ChoiceSampler
 from ..protocols import Backend, Sampler
 from ..records import Completion, Dataset, Json, Prompt, SamplingParams, TrainConfig, record
 from ..training import Progress, Trainer
@@ -54,6 +56,7 @@ class Job:
     scorers: tuple[str, ...]
     perplexity: bool
     sampling: SamplingParams
+    choose: bool
     in_flight: int
     folder: Path
 
@@ -82,6 +85,7 @@ def job_for(experiment: Experiment, cell: Cell, folder: Path, kind: Literal["cel
         scorers=experiment.scorers,
         perplexity=experiment.perplexity,
         sampling=experiment.sampling,
+        choose=experiment.choose,
         in_flight=1 if experiment.perplexity else experiment.in_flight,
         folder=folder.absolute(),
     )
@@ -92,6 +96,7 @@ class Engines:
 
     def __init__(self) -> None:
         self._open: dict[str, Connection] = {}
+        self._guard = threading.Lock()
 
     def get(self, job: Job) -> Backend:
         """The backend of a job, opened on first use."""
@@ -99,9 +104,10 @@ class Engines:
         if "threads" in inspect.signature(known_backends.get(job.backend)).parameters:
             options.setdefault("threads", job.threads)
         key = repr((job.backend, sorted(options.items(), key=lambda pair: pair[0])))
-        if key not in self._open:
-            self._open[key] = connect(job.backend, **options)
-        return self._open[key]
+        with self._guard:  # jobs side by side in one process share it
+            if key not in self._open:
+                self._open[key] = connect(job.backend, **options)
+            return self._open[key]
 
     def close(self) -> None:
         """Closes them all."""
@@ -200,6 +206,12 @@ def _tokens(watch: Watch) -> dict[str, Json]:
     return {"train_tokens": watch.spent.train_tokens, "asked_tokens": watch.spent.asked_tokens}
 
 
+def _asked(job: Job, sampler: Sampler, watch: Watch, test: Dataset) -> Sampler:
+    """The sampler under the job's name; where it is to choose, over the labels of the data set."""
+    named = _Named(sampler, job.id, watch)
+    return ChoiceSampler(named, test.card.labels, by="mean") if job.choose else named
+
+
 def _cell(job: Job, kind: Kind, backend: Backend, watch: Watch) -> float:
     started, where = time.monotonic(), work_folder(job.folder, kind, job.id)
     train, test, dev = load_data(job.data)
@@ -217,7 +229,7 @@ def _cell(job: Job, kind: Kind, backend: Backend, watch: Watch) -> float:
         sampler = backend.sampler(job.config.base_model)
     trained_s = time.monotonic() - started
     evaluation = evaluate(
-        _Named(sampler, job.id, watch), test, job.scorers, params=job.sampling, label="adapter" if job.kind == "cell" else "base",
+        _asked(job, sampler, watch, test), test, job.scorers, params=job.sampling, label="adapter" if job.kind == "cell" else "base",
         folder=where / "eval", perplexity=job.perplexity, in_flight=job.in_flight, progress=watch.row,
     )  # fmt: skip
     body["estimates"] = {one.name: to_dict(one) for one in evaluation.estimates}
@@ -242,7 +254,7 @@ def _calibrate(job: Job, backend: Backend, watch: Watch) -> dict[str, Json]:
         if len(moments) < CALIBRATION_STEPS and result.stopped != "epochs":
             raise Stopped
         started = time.monotonic()
-        sampler = _Named(trainer.sampler(), job.id, watch)
+        sampler = _asked(job, trainer.sampler(), watch, test)
         evaluate(sampler, few, job.scorers, params=job.sampling, folder=Path(nowhere) / "eval", perplexity=job.perplexity, in_flight=job.in_flight,
                  progress=watch.row)  # fmt: skip
         item_s = (time.monotonic() - started) / len(few)

@@ -57,13 +57,17 @@ def _plain(spent: Spent) -> Json:
     return {"train_tokens": spent.train_tokens, "asked_tokens": spent.asked_tokens, "steps": spent.steps, "rows": spent.rows}
 
 
-def serve(source: BinaryIO, sink: BinaryIO, cut_off: Callable[[], object]) -> None:
-    """Takes jobs from `source` until it ends; where it ends in the middle of a job, `cut_off` is called."""
+def serve(source: BinaryIO, sink: BinaryIO, cut_off: Callable[[], object], together: int = 1) -> None:
+    """Takes jobs from `source` until it ends; where it ends in the middle of a job, `cut_off` is called.
+
+    Args:
+        together: jobs that run side by side in this process on the same backends, so that a base model is in memory once.
+    """
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    stop, busy = threading.Event(), threading.Event()
+    stop, guard, busy = threading.Event(), threading.Lock(), list[str]()
 
     def say(message: dict[str, Json]) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError), guard:
             sink.write(orjson.dumps(message, option=orjson.OPT_APPEND_NEWLINE))
             sink.flush()
 
@@ -73,25 +77,35 @@ def serve(source: BinaryIO, sink: BinaryIO, cut_off: Callable[[], object]) -> No
             if told.get("stop"):
                 stop.set()
                 continue
-            busy.set()
-            jobs.put(Job.of(cast("dict[str, object]", told["job"])))
-        if busy.is_set() and not stop.is_set():
+            job = Job.of(cast("dict[str, object]", told["job"]))
+            busy.append(job.id)
+            jobs.put(job)
+        if busy and not stop.is_set():
             cut_off()
-        jobs.put(None)
+        for _ in range(together):
+            jobs.put(None)
+
+    def work() -> None:
+        while (job := jobs.get()) is not None:
+            attempt(job, engines, say, stop.is_set)
+            busy.remove(job.id)
 
     threading.Thread(target=listen, name="crucible-worker-input", daemon=True).start()
     engines = Engines()
+    helpers = [threading.Thread(target=work, name=f"crucible-worker-{index}") for index in range(1, together)]
     try:
-        while (job := jobs.get()) is not None:
-            attempt(job, engines, say, stop.is_set)
-            busy.clear()
+        for helper in helpers:
+            helper.start()
+        work()
+        for helper in helpers:
+            helper.join()
     finally:
         engines.close()
 
 
-def main() -> None:
+def main(together: int = 1) -> None:
     """The process's way in."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the runner, which tells its workers
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    serve(sys.stdin.buffer, out, lambda: os._exit(0))  # nobody waits for what is being done; it is safe to be cut off anywhere
+    serve(sys.stdin.buffer, out, lambda: os._exit(0), together)  # nobody waits for what is being done; it is safe to be cut off anywhere

@@ -14,7 +14,7 @@ from . import words
 from .markup import Markup, element, join
 from .parts import DotPlot, LineChart, Series
 
-__all__ = ["dot_plot", "line_chart", "log_ticks", "thin", "ticks"]
+__all__ = ["HEIGHT", "WIDTH", "Scale", "dot_plot", "line_chart", "log_ticks", "picture", "thin", "tick_words", "ticks"]
 
 WIDTH, HEIGHT = 640.0, 310.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62.0, 16.0, 40.0, 52.0
@@ -33,6 +33,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The place of a value, never outside the drawing."""
         at, low, high = (math.log10(v) if self.log else v for v in (value, self.low, self.high))
         share = (at - low) / (high - low) if high > low else 0.5
         return self.start + min(1.0, max(0.0, share)) * (self.end - self.start)
@@ -97,15 +98,17 @@ def _domain(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     return max(floor, low - room), high + room
 
 
-def _label(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> Markup:
+def label(x: float, y: float, text: str, anchor: str = "middle", css: str = "tick") -> Markup:
+    """Text at a place."""
     return element("text", {"x": x, "y": y, "text-anchor": anchor, "class": css}, text)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
+def line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
+    """A straight line."""
     return element("line", {"x1": x1, "y1": y1, "x2": x2, "y2": y2, "class": css})
 
 
-def _picture(key: str, title: str, description: str, height: float, *children: str) -> Markup:
+def picture(key: str, title: str, description: str, height: float, *children: str) -> Markup:
     """The frame; the chart's title and description are read out in place of the drawing."""
     return element(
         "svg",
@@ -138,15 +141,15 @@ def _frame(chart: LineChart, x: Scale, y: Scale) -> Iterator[Markup]:
     bottom = HEIGHT - _BOTTOM
     levels = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high)
     for value, text in zip(levels, [words.number(v, 1) for v in levels] if y.log else tick_words(levels), strict=True):
-        yield _line(_LEFT, y(value), WIDTH - _RIGHT, y(value), "grid")
-        yield _label(_LEFT - 8, y(value) + 4, text, "end")
+        yield line(_LEFT, y(value), WIDTH - _RIGHT, y(value), "grid")
+        yield label(_LEFT - 8, y(value) + 4, text, "end")
     whole = [value for value in ticks(x.low, x.high, 6) if value.is_integer()]
     for value in whole or [x.low]:
-        yield _line(x(value), bottom, x(value), bottom + 5, "axis")
-        yield _label(x(value), bottom + 22, f"{value:,.0f}")
-    yield _line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis")
-    yield _label((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 7, chart.x_label, css="unit")
-    yield _label(0.0, 16.0, chart.y_label + (" (logarithmic axis)" if y.log else ""), "start", "unit")
+        yield line(x(value), bottom, x(value), bottom + 5, "axis")
+        yield label(x(value), bottom + 22, f"{value:,.0f}")
+    yield line(_LEFT, bottom, WIDTH - _RIGHT, bottom, "axis")
+    yield label((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 7, chart.x_label, css="unit")
+    yield label(0.0, 16.0, chart.y_label + (" (logarithmic axis)" if y.log else ""), "start", "unit")
 
 
 def line_chart(chart: LineChart, key: str) -> Markup:
@@ -163,8 +166,8 @@ def line_chart(chart: LineChart, key: str) -> Markup:
     description = f"{chart.y_label}{', logarithmic axis,' if log else ''} over {chart.x_label}. {told}."
     curves = [curve for series in chart.series for curve in _curves(series, x, y)]
     legend = [element("li", {"class": f"key {series.role}"}, series.name) for series in chart.series if any(_runs(series))]
-    picture = _picture(key, chart.title, description, HEIGHT, *_frame(chart, x, y), *curves)
-    return join(picture, element("ul", {"class": "legend", "aria-hidden": "true"}, *legend))
+    drawn = picture(key, chart.title, description, HEIGHT, *_frame(chart, x, y), *curves)
+    return join(drawn, element("ul", {"class": "legend", "aria-hidden": "true"}, *legend))
 
 
 def _told(series: Series) -> str:
@@ -181,31 +184,32 @@ def dot_plot(plot: DotPlot, key: str) -> Markup:
     if not rows:
         return join()
     ends = [end for row in rows for end in (row.low, row.value, row.high) if math.isfinite(end)]
-    low, high = (0.0, 1.0) if plot.share and not plot.zero else _around([*ends, *([0.0] if plot.zero else [])])
+    low, high = (0.0, 1.0) if plot.share and not plot.zero else around([*ends, *([0.0] if plot.zero else [])])
     left, right, pitch = 12.0, WIDTH - 12.0, 58.0
     x = Scale(low=low, high=high, start=left, end=right)
     bottom = 10 + pitch * len(rows)
     parts: list[Markup] = []
     places = ticks(low, high)
     for value, text in zip(places, tick_words([100 * value for value in places] if plot.share else places), strict=True):
-        parts += [_line(x(value), 6, x(value), bottom, "grid"), _label(x(value), bottom + 22, text)]
+        parts += [line(x(value), 6, x(value), bottom, "grid"), label(x(value), bottom + 22, text)]
     if plot.zero:
-        parts.append(_line(x(0.0), 32, x(0.0), bottom, "zero"))  # below the row's label
+        parts.append(line(x(0.0), 32, x(0.0), bottom, "zero"))  # below the row's label
     for index, row in enumerate(rows):
         top = 10 + pitch * index
         at = top + 38
-        parts.append(_label(left, top + 16, words.clip(row.label, 40), "start", "name"))
-        parts.append(_label(right, top + 16, row.text, "end", f"value {row.tone}"))
+        parts.append(label(left, top + 16, words.clip(row.label, 64), "start", "name"))
+        parts.append(label(right, top + 16, row.text, "end", f"value {row.tone}"))
         if math.isfinite(row.low) and math.isfinite(row.high):
-            parts.append(_line(x(row.low), at, x(row.high), at, f"whisker {row.tone}"))
-            parts += [_line(x(end), at - 6, x(end), at + 6, f"whisker {row.tone}") for end in (row.low, row.high)]
+            parts.append(line(x(row.low), at, x(row.high), at, f"whisker {row.tone}"))
+            parts += [line(x(end), at - 6, x(end), at + 6, f"whisker {row.tone}") for end in (row.low, row.high)]
         parts.append(element("circle", {"cx": x(row.value), "cy": at, "r": 6, "class": f"dot {row.tone}"}))
-    parts += [_line(left, bottom, right, bottom, "axis"), _label((left + right) / 2, bottom + 45, plot.unit, css="unit")]
+    parts += [line(left, bottom, right, bottom, "axis"), label((left + right) / 2, bottom + 45, plot.unit, css="unit")]
     told = "; ".join(f"{row.label}: {row.text}, interval {words.interval(row.low, row.high, share=plot.share)}" for row in rows)
-    return _picture(key, plot.title, f"{plot.unit}. {told}.", bottom + 52, *parts)
+    return picture(key, plot.title, f"{plot.unit}. {told}.", bottom + 52, *parts)
 
 
-def _around(values: Sequence[float]) -> tuple[float, float]:
+def around(values: Sequence[float]) -> tuple[float, float]:
+    """The values' range with some room."""
     low, high = min(values), max(values)
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return low - room, high + room

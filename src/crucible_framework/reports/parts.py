@@ -18,8 +18,11 @@ __all__ = [
     "LineChart",
     "Listing",
     "Note",
+    "Point",
+    "Ranks",
     "Sample",
     "Samples",
+    "Scatter",
     "Section",
     "Series",
     "Table",
@@ -31,12 +34,12 @@ Tone: TypeAlias = Literal["base", "adapter", "other"]
 
 @record
 class Series:
-    """One line or set of points; `role` decides its look. `y` None is a gap."""
+    """One line or set of points; `role` decides its look (`hue…` are lines of equal weight). `y` None is a gap."""
 
     name: str
     x: tuple[float, ...]
     y: tuple[float | None, ...]
-    role: Literal["raw", "smooth", "held_out", "points"]
+    role: Literal["raw", "smooth", "held_out", "points", "hue0", "hue1", "hue2", "hue3", "hue4", "hue5"]
 
 
 @record
@@ -91,6 +94,51 @@ class DotPlot:
 
 
 @record
+class Point:
+    """A number with its interval (`low` to `high`) at a cost `x`; `best` where nothing is both cheaper and better."""
+
+    label: str
+    x: float
+    y: float
+    low: float
+    high: float
+    best: bool = False
+
+
+@record
+class Scatter:
+    """What things cost against how good they are; `values` are the same numbers in words."""
+
+    title: str
+    x_label: str
+    y_label: str
+    points: tuple[Point, ...]
+    source: str
+    values: Table
+    note: str = ""
+    share: bool = False
+
+
+@record
+class Ranks:
+    """Mean ranks on a line, 1 the best, with bars over those that are not shown to differ (a critical-difference diagram).
+
+    Attributes:
+        places: (name, mean rank).
+        sets: names under one bar each.
+        distance: the critical difference, drawn as a measure.
+    """
+
+    title: str
+    places: tuple[tuple[str, float], ...]
+    sets: tuple[tuple[str, ...], ...]
+    distance: float
+    source: str
+    values: Table
+    note: str = ""
+
+
+@record
 class Sample:
     """One item as base and adapter answered it. `base_right`, `adapter_right` None: not scored as right or wrong."""
 
@@ -134,7 +182,7 @@ class Note:
     source: str = ""
 
 
-Block: TypeAlias = LineChart | DotPlot | Table | Samples | Listing | Note
+Block: TypeAlias = LineChart | DotPlot | Scatter | Ranks | Table | Samples | Listing | Note
 
 
 @record

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from ..stats import adjust
 from . import words
 from .evidence import LOWER_IS_BETTER, RIGHT, Pair, difference_of, effect_words, estimate_of, find_pair, is_baseline, is_share, named, noun, value_words
 from .parts import Block, DotPlot, Interval, Note, Sample, Samples, Section, Table, Tone
@@ -58,22 +59,24 @@ def _scores_table(run: RunFiles) -> Table | None:
 def _findings(run: RunFiles, pair: Pair | None) -> list[Block]:
     rows = []
     told: dict[str, list[str]] = {}
-    for finding in run.findings:
+    corrected = adjust([finding.p_value for finding in run.findings], "holm") if all(0 <= f.p_value <= 1 for f in run.findings) else ()
+    for index, finding in enumerate(run.findings):
         share = (pair is not None and pair.share and difference_of(pair, finding) is not None) or is_share(finding.name.partition(",")[0], run.arms)
         effect, ends = effect_words(finding, share=share)
         clusters = words.NOTHING if finding.clusters is None else f"{finding.clusters:,}"
-        rows.append((finding.name, effect, ends + _level(finding.level), words.number(finding.p_value, 2), f"{finding.n:,}", clusters))
+        own = words.number(corrected[index], 2) if corrected else words.NOTHING
+        rows.append((finding.name, effect, ends + _level(finding.level), words.number(finding.p_value, 2), own, f"{finding.n:,}", clusters))
         because = "".join((finding.test, f": {finding.why}" if finding.why else "", f". Source: {finding.source}" if finding.source else ""))
         told.setdefault(because, []).append(finding.name)
     if not rows:
         return []
     table = Table(
         title="Comparisons",
-        columns=("Comparison", "Effect", _COLUMN, "p", "n", "Clusters"),
+        columns=("Comparison", "Effect", _COLUMN, "p", "p corrected", "n", "Clusters"),
         rows=tuple(rows),
         source="findings.json",
-        numeric=(1, 2, 3, 4, 5),
-        note="p is not corrected for the number of comparisons." if len(rows) > 1 else "",
+        numeric=(1, 2, 3, 4, 5, 6),
+        note=f"p corrected: by Holm's method over the {len(rows)} comparisons of this table; intervals are of one comparison each." if len(rows) > 1 else "",
     )
     return [table, *(Note(text=f"{'; '.join(names)} – {because}.") for because, names in told.items() if because)]
 

@@ -334,7 +334,7 @@ def _files(folder: Path, problems: list[str]) -> tuple[RunFile, ...]:
     found = []
     for path in sorted((*folder.glob("*.json"), *folder.glob("*.jsonl"), *folder.glob("eval/*/*.json"), *folder.glob("eval/*/*.jsonl"))):
         name = path.relative_to(folder).as_posix()
-        if path.name.startswith(".") or not path.is_file():
+        if path.name.startswith(".") or path.name == "report.json" or not path.is_file():  # a report is no source of itself
             continue
         try:
             with storage_errors(path, "read"):

@@ -10,15 +10,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from .. import events
 from ..config import from_dict
-from ..errors import CorruptError, CrucibleError, NotFoundError, UnknownNameError
-from ..files import read_json, read_lines, write_atomic
+from ..errors import CorruptError, CrucibleError, NotFoundError
+from ..files import read_json, read_lines
 from ..records import Estimate, Finding, Json, record
 from . import words
 from .parts import Block, Document, DotPlot, Fact, Interval, Note, Section, Table, Tone
 from .sources import as_list, as_number, as_table, as_text
-from .writing import FORMATS
+from .study_figures import costs, curves, item_differences, ranks
+from .writing import chosen, publish
 
 __all__ = ["is_study", "study_document", "write_study_report"]
 
@@ -33,6 +33,7 @@ class _Study:
 
     folder: Path
     experiment: Mapping[str, Json]
+    leaks: Mapping[str, Json]
     findings: Mapping[str, Json]
     cells: tuple[Mapping[str, Json], ...]
     planned: int
@@ -80,6 +81,7 @@ def _read(folder: Path) -> _Study:
     return _Study(
         folder=folder,
         experiment=as_table(plan.get("experiment")),
+        leaks=as_table(read_json(folder / "leaks.json")) if (folder / "leaks.json").exists() else {},
         findings=as_table(read_json(folder / "findings.json")),
         cells=tuple(cells),
         planned=len(as_list(plan.get("cells"))),
@@ -139,9 +141,9 @@ def _sentence(contrast: Mapping[str, Json], study: _Study) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- sections
-def _contrast_tables(study: _Study, title: str, chosen: Sequence[Mapping[str, Json]]) -> tuple[Table, Table]:
-    """What was found, and what it rests on."""
-    found, rests = [], []
+def _contrast_tables(study: _Study, title: str, chosen: Sequence[Mapping[str, Json]]) -> tuple[Table, ...]:
+    """What was found, what it rests on, and by which tests."""
+    found, rests, told = [], [], dict[str, list[str]]()
     for one in chosen:
         name, metric, finding, given = _title(one, study), as_text(one.get("metric")), _finding(one), _finding(one, "given_seeds")
         share = metric in study.shares
@@ -154,19 +156,26 @@ def _contrast_tables(study: _Study, title: str, chosen: Sequence[Mapping[str, Js
         found.append((name, metric, _effect(finding.effect, share=share), interval, _p(one.get("p_adjusted")), verdict, ", ".join(per_seed), note))
         ends = [end for value in as_list(one.get("simultaneous")) if (end := as_number(value)) is not None]
         rests.append((
-            name, metric, finding.test, _p(finding.p_value), _ends(ends[0], ends[1], share=share) if len(ends) == 2 else words.NOTHING,
+            name, metric, _p(finding.p_value), _ends(ends[0], ends[1], share=share) if len(ends) == 2 else words.NOTHING,
             words.NOTHING if given is None else _ends(*given.interval, share=share), _value(as_number(one.get("detectable")) or 0.0, share=share),
-            f"{finding.n:,}" + (f" in {finding.clusters:,}" if finding.clusters else ""), finding.why,
+            f"{finding.n:,}" + (f" in {finding.clusters:,}" if finding.clusters else ""),
         ))  # fmt: skip
+        told.setdefault(f"{finding.test}: {finding.why}. Source: {finding.source}.", []).append(f"{name} ({metric})")
     columns = ("Comparison", "Score", "Difference", "Interval", "p adjusted", "Verdict", "Each seed", "Note")
-    more = ("Comparison", "Score", "Test", "p", "Simultaneous", "These seeds only", "Detectable", "n in clusters", "Why this test")
+    more = ("Comparison", "Score", "p", "Simultaneous", "These seeds only", "Detectable", "n in clusters")
     note = (
         "Simultaneous intervals hold for the whole family at once (Bonferroni; a little wider than Holm's p-values ask). These seeds only: the interval for "
         "the adapters at hand. Detectable: about the smallest true difference that this design finds with 80 % power."
     )
     return (
         Table(title=title, columns=columns, rows=tuple(found), source="findings.json", numeric=(2, 3, 4)),
-        Table(title=f"{title}: what this rests on", columns=more, rows=tuple(rests), source="findings.json", numeric=(3, 4, 5, 6, 7), note=note),
+        Table(title=f"{title}: what this rests on", columns=more, rows=tuple(rests), source="findings.json", numeric=(2, 3, 4, 5, 6), note=note),
+        Table(
+            title=f"{title}: which test and why",
+            columns=("", "Test"),
+            rows=tuple(("; ".join(names), why) for why, names in told.items()),
+            source="findings.json",
+        ),
     )
 
 
@@ -204,6 +213,7 @@ def _findings_section(study: _Study) -> Section:
         if declared:
             blocks += [Note(text=_sentence(one, study) + (f" Reason given: {as_text(one.get('because'))}" if one.get("because") else "")) for one in chosen]
         blocks += [*_contrast_plots(study, title, chosen), *_contrast_tables(study, title, chosen)]
+        blocks += item_differences(chosen, study.shares) if declared else ()
     return Section(key="findings", title="Findings", blocks=tuple(blocks))
 
 
@@ -227,7 +237,13 @@ def _arms_section(study: _Study) -> Section:
                                   share=share, note="All seeds together; the intervals are of new examples."))  # fmt: skip
     columns = ("Arm", "Data", "Score", "Value", "Interval", "Each seed", "Note")
     blocks.append(Table(title="Every arm", columns=columns, rows=tuple(rows), source="findings.json", numeric=(3, 4)))
+    blocks += ranks([as_table(one) for one in as_list(study.findings.get("rankings"))])
     return Section(key="arms", title="Arms", blocks=tuple(blocks))
+
+
+def _training_section(study: _Study) -> Section:
+    blocks = tuple(curves(study.folder, study.cells))
+    return Section(key="training", title="Learning curves", blocks=blocks or (Note(text="No training is on file."),))
 
 
 def _cells_section(study: _Study) -> Section:
@@ -236,6 +252,9 @@ def _cells_section(study: _Study) -> Section:
     if failed:
         lost = tuple((as_text(one.get("id")), as_text(one.get("error")), words.clip(as_text(one.get("message")), 400)) for one in failed)
         blocks.append(Table(title="Failed", columns=("Cell", "Error", "What it says"), rows=lost, source="cells/*.json"))
+    dropped = tuple((arm, as_text(because)) for arm, because in as_table(study.findings.get("dropped")).items())
+    if dropped:
+        blocks.append(Table(title="Dropped before all their seeds", columns=("Arm", "Why"), rows=dropped, source="findings.json"))
     rows = tuple(
         (as_text(cell.get("id")), as_text(cell.get("arm")), words.setting(cell.get("seed")), as_text(cell.get("data")), as_text(cell.get("status")),
          *(words.number(as_number(as_table(cell.get("training")).get(key)), 4) for key in ("initial_loss", "final_loss", "steps", "tokens")))
@@ -275,14 +294,18 @@ def _cost_section(study: _Study) -> Section:
     columns = ("Attempt at", "Ended", "Training", "Evaluation", "Tokens trained", "Tokens asked")
     note = "Every attempt is a row; those whose runner was killed left none."
     return Section(
-        key="cost", title="Cost", blocks=(Table(title="Time and tokens", columns=columns, rows=rows, source="timings.jsonl", numeric=(2, 3, 4, 5), note=note),)
-    )
+        key="cost", title="Cost", blocks=(
+            *costs(study.arms, study.cells, study.timings, study.shares, study.primary),
+            Table(title="Time and tokens", columns=columns, rows=rows, source="timings.jsonl", numeric=(2, 3, 4, 5), note=note),
+        ),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------- whole
 def _document(study: _Study) -> Document:
     done, failed = study.count("done"), study.count("failed")
-    finished = done + failed >= study.planned
+    dropped = study.count("dropped")
+    finished = done + failed + dropped >= study.planned
     declared = [one for one in study.contrasts if one.get("declared") is True]
     found = [as_text(one.get("verdict")) for one in declared]
     told = [
@@ -292,8 +315,12 @@ def _document(study: _Study) -> Document:
     ]
     seconds, tokens = _spent(study)
     notices = [f"{words.counted(failed, 'cell')} failed; they are listed below and left out of the comparisons."] if failed else []
-    notices += [] if finished else [f"{study.planned - done - failed} of {study.planned} cells have no result yet."]
+    notices += [] if finished else [f"{study.planned - done - failed - dropped} of {study.planned} cells have no result yet."]
     notices += [] if declared else ["No hypothesis was declared before the study: its findings are exploratory."]
+    for data, told_ in study.leaks.items():
+        count, whole = (as_number(as_table(told_).get(key)) or 0.0 for key in ("count", "of"))
+        if count:
+            notices.append(f"{count:,.0f} of {words.counted(int(whole), 'test example')} of {data} share a document or text with training (leaks.json).")
     pending = as_list(study.findings.get("pending"))
     if finished and pending:
         notices.append("Cells have ended since the study was analysed; analyse it again.")
@@ -306,14 +333,17 @@ def _document(study: _Study) -> Document:
         summary=f"{done} of {words.counted(study.planned, 'cell')} have a result. The primary score, declared before, is {study.primary}.",
         verdict=f"Declared comparisons: {', '.join(told)}." if told else "",
         facts=(
-            Fact(label="Cells", value=f"{done} of {study.planned}", detail=f"{failed} failed"),
+            Fact(label="Cells", value=f"{done} of {study.planned}", detail=f"{failed} failed" + (f", {dropped} dropped" if dropped else "")),
             Fact(label="Declared", value=str(len(declared)), detail=", ".join(told)),
             Fact(label="Time", value=words.duration(seconds), detail="of all workers together"),
             Fact(label="Tokens", value=words.number(tokens), detail="trained and asked"),
         ),
         notices=tuple(notices),
-        sections=(_findings_section(study), _arms_section(study), _methods_section(study), _cells_section(study), _cost_section(study), _plan_section(study)),
-    )
+        sections=(
+            _findings_section(study), _arms_section(study), _training_section(study), _methods_section(study), _cells_section(study), _cost_section(study),
+            _plan_section(study),
+        ),
+    )  # fmt: skip
 
 
 def study_document(folder: str | Path) -> Document:
@@ -326,23 +356,12 @@ def study_document(folder: str | Path) -> Document:
 
 
 def write_study_report(folder: str | Path, formats: Sequence[str] = ("html", "markdown")) -> tuple[Path, ...]:
-    """Writes report.html and report.md of an analysed study beside its files; older ones are replaced.
+    """Writes the report of an analysed study beside its files in the formats asked for; older ones are replaced.
 
     Raises:
         NotFoundError: there is no study, or it was not analysed.
         CorruptError: a file of it is no study's.
         UnknownNameError: no such format.
     """
-    folder = Path(folder)
-    for name in formats:
-        if name not in FORMATS:
-            raise UnknownNameError("report format", name, FORMATS)
-    document = study_document(folder)
-    written = []
-    for name in dict.fromkeys(formats):
-        filename, render = FORMATS[name]
-        data = render(document).encode()
-        write_atomic(folder / filename, data)
-        events.emit("report.written", format=name, path=str(folder / filename), size_bytes=len(data))
-        written.append(folder / filename)
-    return tuple(written)
+    folder, names = Path(folder), chosen(formats)
+    return publish(study_document(folder), folder, names)

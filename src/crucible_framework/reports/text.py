@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .parts import Block, Document, DotPlot, LineChart, Listing, Note, Sample, Samples, Table
+from .parts import Block, Document, DotPlot, LineChart, Listing, Note, Ranks, Sample, Samples, Scatter, Table
 from .words import visible
 
-__all__ = ["fenced", "inline", "render_markdown"]
+__all__ = ["fenced", "inline", "markdown_of", "render_markdown"]
 
 _SPECIAL = re.compile(r"[\\`*\[\]<|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#|\w)")
 _LINKS = re.compile(r"://|www\.|@", re.IGNORECASE)
@@ -49,16 +49,17 @@ def render_markdown(document: Document) -> str:
         parts += ["Know before you read on:", "\n".join(f"- {inline(notice)}" for notice in document.notices)]
     for section in document.sections:
         parts.append(f"## {inline(section.title)}")
-        parts += [piece for block in section.blocks for piece in _block(block)]
+        parts += [piece for block in section.blocks for piece in markdown_of(block)]
     parts.append(f"Made by Crucible Framework. Every number is read from the files of the {document.of} named beside it.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _block(block: Block) -> Iterator[str]:
+def markdown_of(block: Block) -> Iterator[str]:
+    """The paragraphs of one block."""
     match block:
         case Table():
             yield from _table(block)
-        case LineChart():
+        case LineChart() | Scatter() | Ranks():
             yield from _table(block.values)
             yield inline(block.note)
         case DotPlot():

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .charts import dot_plot, line_chart
+from .diagrams import rank_diagram, scatter_plot
 from .markup import Markup, element, join, raw
-from .parts import Block, Document, DotPlot, LineChart, Listing, Note, Sample, Samples, Section, Table
+from .parts import Block, Document, DotPlot, LineChart, Listing, Note, Ranks, Sample, Samples, Scatter, Section, Table
 
 __all__ = ["render_block", "render_html", "render_section"]
 
@@ -95,6 +96,10 @@ def _block(block: Block, key: str) -> Markup:
         case LineChart():
             values = element("details", None, element("summary", None, "Values"), _table(block.values, f"{key}-values"))
             return _figure(block, key, line_chart(block, key), values)
+        case Scatter() | Ranks():
+            drawn = scatter_plot(block, key) if isinstance(block, Scatter) else rank_diagram(block, key)
+            values = element("details", None, element("summary", None, "Values"), _table(block.values, f"{key}-values"))
+            return _figure(block, key, drawn, values)
         case DotPlot():
             return _figure(block, key, dot_plot(block, key))
         case Samples():
@@ -120,7 +125,7 @@ def _caption(title: str, note: str, source: str, key: str) -> Markup:
     return element("figcaption", {"id": key}, element("b", None, title), *((" ", element("span", None, note)) if note else ()), " ", _source(source))
 
 
-def _figure(block: LineChart | DotPlot, key: str, *body: Markup) -> Markup:
+def _figure(block: LineChart | DotPlot | Scatter | Ranks, key: str, *body: Markup) -> Markup:
     return element("figure", None, _caption(block.title, block.note, block.source, f"{key}-caption"), *body)
 
 

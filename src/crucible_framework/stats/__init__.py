@@ -6,26 +6,31 @@ effect is after - before, no effect is 0, and interval and p-value come from one
 
 from .bayes import Posterior, rope_signed_rank, rope_t
 from .corrections import Correction, adjust
-from .crossed import interquartile_mean, seeds_and_items
+from .crossed import interquartile_mean, performance_profile, seeds_and_items
 from .design import Comparison, compare_groups
 from .dominance import almost_stochastic_order
 from .effects import a12, cliffs_delta, cohen_d, eta_squared, glass_delta, hedges_g, odds_ratio, omega_squared, rank_biserial, risk_difference
 from .groups import Check, anova, clustered_anova, cochran_q, friedman, kruskal_wallis, levene, repeated_anova, shapiro, welch_anova
 from .intervals import bootstrap, majority_rate, mean_estimate, paired_difference, wilson
+from .looks import Boundaries, group_sequential
 from .permutation import permutation_test
 from .planning import Plan, plan
 from .posthoc import dunn, games_howell, nemenyi, tukey
+from .powered import judged_difference, judged_mean
 from .proportions import chi_square, clopper_pearson, fisher_exact, mcnemar_exact, proportion_difference
+from .ranking import Rank, rank_sets, tied_sets
 from .ranks import brunner_munzel, mann_whitney, wilcoxon
 from .sequential import anytime_difference
 from .significance import clustered_t, paired_t, student_t, tost, welch_t
 
 __all__ = [
+    "Boundaries",
     "Check",
     "Comparison",
     "Correction",
     "Plan",
     "Posterior",
+    "Rank",
     "a12",
     "adjust",
     "almost_stochastic_order",
@@ -47,8 +52,11 @@ __all__ = [
     "friedman",
     "games_howell",
     "glass_delta",
+    "group_sequential",
     "hedges_g",
     "interquartile_mean",
+    "judged_difference",
+    "judged_mean",
     "kruskal_wallis",
     "levene",
     "majority_rate",
@@ -60,10 +68,12 @@ __all__ = [
     "omega_squared",
     "paired_difference",
     "paired_t",
+    "performance_profile",
     "permutation_test",
     "plan",
     "proportion_difference",
     "rank_biserial",
+    "rank_sets",
     "repeated_anova",
     "risk_difference",
     "rope_signed_rank",
@@ -71,6 +81,7 @@ __all__ = [
     "seeds_and_items",
     "shapiro",
     "student_t",
+    "tied_sets",
     "tost",
     "tukey",
     "welch_anova",

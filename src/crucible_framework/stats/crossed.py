@@ -12,7 +12,7 @@ from ..errors import StatisticsError, TooFewError
 from ..records import Estimate, Finding
 from .samples import Floats, Sample, Values, check_level, left_out, sample, t_finding
 
-__all__ = ["interquartile_mean", "seeds_and_items"]
+__all__ = ["interquartile_mean", "performance_profile", "seeds_and_items"]
 
 _SOURCE = "Owen 2007, Annals of Applied Statistics 1:386-411 (crossed bootstrap); Cameron, Gelbach & Miller 2011; Miller 2024, arXiv 2411.00640"
 
@@ -163,10 +163,7 @@ def interquartile_mean(name: str, scores: Sequence[Values], *, level: float = 0.
     Source: Agarwal et al. 2021, Deep Reinforcement Learning at the Edge of the Statistical Precipice, arXiv 2108.13264.
     """
     check_level(level)
-    tasks = [sample(f"{name}, task {index}", row) for index, row in enumerate(scores)]
-    if not tasks or min(len(task.x) for task in tasks) < 2:
-        raise TooFewError(f"{name!r} has {len(tasks)} task(s), one with fewer than two scores; expected at least two scores of each.")
-    random = np.random.default_rng(seed)
+    tasks, random = _tasks(name, scores), np.random.default_rng(seed)
     drawn = np.concatenate([task.x[random.integers(len(task.x), size=(resamples, len(task.x)))] for task in tasks], axis=1)
     low, high = np.quantile(_middle(drawn), ((1 - level) / 2, (1 + level) / 2))
     value = float(_middle(np.concatenate([task.x for task in tasks])[None, :])[0])
@@ -178,3 +175,45 @@ def _middle(x: Floats) -> Floats:
     """Mean of each row without its lowest and highest quarter, as scipy's trim_mean cuts it."""
     cut = x.shape[1] // 4
     return np.asarray(np.sort(x, axis=1)[:, cut : x.shape[1] - cut].mean(axis=1), dtype=np.float64)
+
+
+def _tasks(name: str, scores: Sequence[Values]) -> list[Sample]:
+    tasks = [sample(f"{name}, task {index}", row) for index, row in enumerate(scores)]
+    if not tasks or min(len(task.x) for task in tasks) < 2:
+        raise TooFewError(f"{name!r} has {len(tasks)} task(s), one with fewer than two scores; expected at least two scores of each.")
+    return tasks
+
+
+def performance_profile(
+    name: str, scores: Sequence[Values], thresholds: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[Estimate, ...]:  # fmt: skip
+    """The share of runs that score more than each threshold, with a bootstrap that draws seeds within each task; each task counts the same.
+
+    Where the profile of one method lies above that of another at every threshold, it is better whatever the threshold.
+
+    Args:
+        scores: [task][seed].
+        thresholds: finite, in any order; one estimate each.
+
+    Raises:
+        TooFewError: no task, or a task with fewer than two scores.
+        StatisticsError: no thresholds, or one that is not finite.
+
+    Source: Agarwal et al. 2021, arXiv 2108.13264 (run-score distributions); Dolan & Moré 2002.
+    """
+    check_level(level)
+    if not thresholds or not all(math.isfinite(tau) for tau in thresholds):
+        raise StatisticsError(f"thresholds is {thresholds!r}; expected at least one finite number.")
+    tasks, random = _tasks(name, scores), np.random.default_rng(seed)
+    taus = np.array(thresholds, dtype=np.float64)
+    value = np.mean([(task.x[:, None] > taus).mean(axis=0) for task in tasks], axis=0)
+    drawn = np.zeros((resamples, len(taus)))
+    for task in tasks:
+        picked = task.x[random.integers(len(task.x), size=(resamples, len(task.x)))]
+        drawn += np.stack([(picked > tau).mean(axis=1) for tau in taus], axis=1) / len(tasks)
+    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2), axis=0)
+    n, text = sum(len(task.x) for task in tasks), f"share of runs above, percentile bootstrap ({resamples} resamples of seeds within {len(tasks)} tasks)"
+    return tuple(
+        Estimate(name=f"{name} > {tau:g}", value=float(v), low=min(float(lo), float(v)), high=max(float(hi), float(v)), n=n, level=level, method=text)
+        for tau, v, lo, hi in zip(taus, value, low, high, strict=True)
+    )
