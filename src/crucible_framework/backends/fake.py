@@ -32,7 +32,8 @@ from ..data import ByteTokenizer, render_prompt
 from ..errors import BackendError, ConfigError, CorruptError, NotFoundError, NumericError, SessionClosedError, UnknownNameError
 from ..files import storage_errors, write_atomic
 from ..losses.apply import apply_loss, positions, some, spread, step_output, target_logprobs
-from ..protocols import GradientHook, Loss, Tokenizer
+from ..losses.penalties import penalise
+from ..protocols import GradientHook, Gradients, Loss, Tokenizer
 from ..records import AdamConfig, Batch, Capabilities, Checkpoint, Completion, LoraConfig, OptimOutput, Prompt, SamplingParams, StepOutput
 
 __all__ = ["FakeBackend", "FakeSampler", "FakeSession"]
@@ -194,6 +195,8 @@ class FakeSession:
             try:
                 leaves = {name: self._tensors[name].clone().requires_grad_() for name in self._base.shapes(self._lora)}
                 output, gradients = self._run(batch, loss, leaves, _generator(self._lora.seed, self._passes + 1))
+                adapter = {name: self._tensors[name] for name in leaves}
+                output, gradients = penalise(loss, output, gradients, adapter, partial(self._slope, batch, loss))
                 _check_finite(gradients, "gradient", batch.ids)
                 self._gradients = {name: self._gradients.get(name, 0) + gradient for name, gradient in gradients.items()}
             except Exception as error:
@@ -202,6 +205,11 @@ class FakeSession:
             self._passes += 1  # a pass that failed draws its masks again
             span.set(loss=output.loss)
             return output
+
+    def _slope(self, batch: Batch, loss: Loss, adapter: Gradients) -> Tensors:
+        """The gradient of the pass that is running at other values of the adapter."""
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapter.items()}
+        return self._run(batch, loss, leaves, _generator(self._lora.seed, self._passes + 1))[1]
 
     def _optim_step(self, adam: AdamConfig, hook: GradientHook | None) -> OptimOutput:
         with events.span("training.optim_step") as span:

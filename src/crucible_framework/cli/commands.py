@@ -14,11 +14,11 @@ from rich.console import Group
 from ..backends import connect
 from ..data import datasets as known_datasets
 from ..demo import run_demo
-from ..evaluation import compare, evaluate
+from ..evaluation import BySentence, NliModel, compare, evaluate, usual_scorers, validation_scorers
 from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
 from ..losses import resolve
-from ..protocols import Sampler
+from ..protocols import Sampler, Scorer
 from ..records import Evaluation, SamplingParams
 from ..reports import write_report
 from ..reports.study import is_study, write_study_report
@@ -101,7 +101,8 @@ def train(
 
 def score(
     model: str, /, *, dataset: str = "minifact", split: str = "test", task: str | None = None, limit: int | None = None, against: str | None = None,
-    scorers: list[str] | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int = 32, folder: Path | None = None, backend: str = "local",
+    scorers: list[str] | None = None, nli: str | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int | None = None,
+    folder: Path | None = None, backend: str = "local",
 ) -> Reply:  # fmt: skip
     """Score a model on a data set, alone or paired with another.
 
@@ -112,15 +113,18 @@ def score(
         task: where the data set has several.
         limit: the first examples only.
         against: a second model that answers the same examples; the difference is model − against.
-        scorers: names; `label_accuracy` where none is given.
+        scorers: names; where none is given, `label_accuracy`, and those of claims for the task "extract".
+        nli: a Hugging Face cross-encoder that judges whether documents bear claims out, in four more scores.
         choose: the answer is the label that the model finds likeliest, instead of what it writes.
         perplexity: also the targets' perplexity.
-        max_tokens: tokens per answer at the most; answers are greedy.
+        max_tokens: tokens per answer at the most, 32 where nothing is said and 512 for the task "extract"; answers are greedy.
         folder: keeps each row, so that an interrupted evaluation goes on.
         backend: local or fake.
     """
     rows = load_data(DataChoice(name=dataset, task=task, limit=limit), split)
-    params, asked = SamplingParams(max_tokens=max_tokens, temperature=0.0), tuple(scorers or ("label_accuracy",))
+    params = SamplingParams(max_tokens=max_tokens or (512 if rows.card.task == "extract" else 32), temperature=0.0)
+    asked: tuple[str | Scorer, ...] = tuple(scorers or usual_scorers(rows))
+    asked += validation_scorers(entailment=BySentence(NliModel(nli))) if nli else ()
 
     found: dict[str, Evaluation] = {}
     with connect(backend) as engine, progress_bar() as bar:
@@ -134,7 +138,7 @@ def score(
     parts = [part for name, one in found.items() for part in (name, show.estimates(one.estimates))]
     if against is None:
         return Reply({"evaluation": found[model]}, Group(*parts))
-    findings = [compare(found[against], found[model], name) for name in asked]
+    findings = [compare(found[against], found[model], name if isinstance(name, str) else getattr(name, "__name__", "")) for name in asked]
     return Reply({"evaluation": found[model], "against": found[against], "findings": findings}, Group(*parts, *map(show.finding_text, findings)))
 
 
