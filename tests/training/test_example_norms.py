@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 import crucible_framework as cf
 from crucible_framework import events
-from crucible_framework.backends.local import LocalBackend, decoder, engine
+from crucible_framework.backends.local import LocalBackend
 from crucible_framework.backends.local.examplewise import ExampleNorms
+from crucible_framework.backends.local.session import LocalSession
 from crucible_framework.data import ByteTokenizer, load_dataset, render
 from crucible_framework.errors import CapabilityError, ConfigError
 from crucible_framework.losses import combine, resolve
 from crucible_framework.protocols import ExampleSession, TrainingSession
 from crucible_framework.records import AdamConfig, Batch, Dataset, Datum, Example, LoraConfig, StepOutput
-from crucible_framework.training import PrivacyConfig, example_gradients, example_norms, measure_noise_scale, train_privately
+from crucible_framework.training import PrivacyConfig, Progress, example_gradients, example_norms, measure_noise_scale, train_privately
 from crucible_framework.training.examplewise import clipped_sum
 from crucible_framework.training.gradients import dot
 
@@ -73,12 +74,16 @@ def test_norms_are_those_of_a_pass_per_example(name: str, rank: int, modules: tu
         np.testing.assert_allclose(example_norms(session, data()[:-1]), wanted, rtol=1e-5)
 
 
-def test_second_passes_and_recomputed_layers(backend: LocalBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = trained(backend, LoraConfig(rank=4, dropout=0.0))
-    wanted = one_by_one(session, data()[:-1])
-    monkeypatch.setattr(engine, "TOKENS_PER_SLICE", 10)
-    monkeypatch.setattr(decoder, "RECOMPUTE_ABOVE", 10)
-    found = session.forward_backward_examples(Batch(data=data()[:-1]), CE).result().example_norms
+def test_second_passes_and_recomputed_layers() -> None:
+    with LocalBackend() as local:
+        session = trained(local, LoraConfig(rank=4, dropout=0.0))
+        wanted = one_by_one(session, data()[:-1])
+        assert isinstance(session, LocalSession)
+        assert session.base.decoder is not None
+        session.base.decoder.recompute_above = 10
+        session.base = replace(session.base, limit=10)
+        found = session.forward_backward_examples(Batch(data=data()[:-1]), CE).result().example_norms
+    assert found is not None
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
@@ -87,6 +92,7 @@ def test_bfloat16_is_near(backend: LocalBackend) -> None:
         session = trained(local, LoraConfig(rank=4, dropout=0.0))
         wanted = one_by_one(session, data()[:-1])
         found = session.forward_backward_examples(Batch(data=data()[:-1]), CE).result().example_norms
+    assert found is not None
     np.testing.assert_allclose(found, wanted, rtol=0.03)
 
 
@@ -197,7 +203,11 @@ def test_a_run_records_them(backend: LocalBackend, claims: Dataset) -> None:
     config = cf.TrainConfig(base_model="tiny", max_steps=2, accumulate=2, example_norms=True, hooks=("norms",), lora=LoraConfig(dropout=0.0))
     rows: list[dict[str, float]] = []
     end = events.subscribe(lambda event: seen.append(dict(event)))
-    with cf.Trainer(backend, config, callbacks=[lambda p: rows.append(dict(p.metrics)) or None]) as trainer:
+
+    def keep(progress: Progress) -> None:
+        rows.append(dict(progress.metrics))
+
+    with cf.Trainer(backend, config, callbacks=[keep]) as trainer:
         trainer.train(claims)
     end()
     row = next(row for row in rows if row.get("step") == 1)

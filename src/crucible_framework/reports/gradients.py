@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from . import words
 from .parts import Block, LineChart, Series, Table
@@ -19,6 +20,7 @@ __all__ = ["gradient_blocks", "points", "values"]
 _SHOWN_STEPS = 10
 _SHOWN_LAYERS = 24
 _FILE = "metrics.jsonl"
+_ROLES: Mapping[str, Literal["raw", "smooth", "held_out"]] = {"greatest": "raw", "median": "smooth", "least": "held_out"}
 _LAYERED = {"grad/norm/": "Gradient norm by layer", "grad/flow/": "Gradient norm by block, in the model's order"}
 _SINGLE = {
     "grad/cosine/all": ("Cosine between steps", "cosine with the step before"),
@@ -89,17 +91,14 @@ def _layers(run: RunFiles, prefix: str, title: str) -> Iterator[Block]:
     if len(names) == 1 or len(steps) == 1:
         yield table
         return
-    kinds: Sequence[tuple[str, str]] = (("greatest", "raw"), ("median", "smooth"), ("least", "held_out"))
     series = [
-        Series(name=f"{kind} of {len(names)}", x=tuple(steps), y=tuple(_of(kind, at[step]) for step in steps), role=role)  # type: ignore[arg-type]  # a Literal of the pairs above
-        for kind, role in kinds
+        Series(name=f"{kind} of {len(names)}", x=tuple(steps), y=tuple(_of(kind, at[step]) for step in steps), role=role) for kind, role in _ROLES.items()
     ]
     yield LineChart(title=title, x_label="optimizer step", y_label="L2 norm before clipping", series=tuple(series), source=_FILE, values=table, log=True)
 
 
 def _of(kind: str, found: Mapping[str, float]) -> float:
-    measure = {"greatest": max, "least": min, "median": statistics.median}[kind]
-    return float(measure(found.values()))
+    return statistics.median(found.values()) if kind == "median" else max(found.values()) if kind == "greatest" else min(found.values())
 
 
 def _single(run: RunFiles, name: str, title: str, unit: str) -> Block | None:
@@ -116,10 +115,7 @@ def _examples(run: RunFiles) -> Block | None:
     if not points(run, "grad/example_norm/max")[0]:
         return None
     title = "Gradient norms of single examples"
-    roles = ("raw", "smooth")
-    series = [
-        Series(name=label, x=points(run, name)[0], y=points(run, name)[1], role=role) for (name, label), role in zip(_EXAMPLES.items(), roles, strict=True)
-    ]  # type: ignore[arg-type]
+    series = [Series(name=kind, x=points(run, name)[0], y=points(run, name)[1], role=_ROLES[kind]) for name, kind in _EXAMPLES.items()]
     table = values(f"{title}, at some steps", {**_EXAMPLES, "grad/example_norm/top_share": "share of the greatest"}, run, _FILE)
     return LineChart(
         title=title, x_label="optimizer step", y_label="L2 norm, of each example's part of the step", series=tuple(series), source=_FILE, values=table

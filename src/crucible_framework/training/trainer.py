@@ -111,7 +111,7 @@ class Trainer:
         self.backend, self.config = backend, config or TrainConfig()
         self.loss = resolve(self.config.loss if loss is None else loss)
         self.folder = Path(folder) if folder is not None else None
-        hooks = (*self.config.hooks, *([hook] if hook is not None else []))
+        hooks: tuple[str | GradientHook, ...] = (*self.config.hooks, *((hook,) if hook is not None else ()))
         self.hook, self.callbacks, self._resume = chain(*hooks) if hooks else None, tuple(callbacks), resume
         self._environment = describe_environment()
         self._environment["not_honoured"] = list(_unhonoured(backend.capabilities, self.config.lora))

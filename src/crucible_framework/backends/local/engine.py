@@ -92,8 +92,7 @@ def _prepare(base: Base, batch: Batch, loss: Loss, *, apart: bool = False) -> _W
     live, layout = [i for i, used in enumerate(rows) if len(used)], base.layout
     layout["share"] = layout["share"] and not apart
     passes = [
-        replace(found, members=tuple(live[place] for place in found.members))
-        for found in lay_out([batch.data[i].tokens for i in live], base.device, **layout)
+        replace(found, members=tuple(live[place] for place in found.members)) for found in lay_out([batch.data[i].tokens for i in live], base.device, **layout)
     ]
     return _Work(base, batch.data, rows, passes, loss.needs == "logits")
 
