@@ -7,7 +7,7 @@ backend, as training does: texts are annotated by the losses' own `prepare`, lea
 Graphs are SciFact's stars (claim c1 with the relations of two to four evidence claims, with their labels), filled up with two relations between random
 claims and shuffled. SciFact is read where it is; else stars are drawn with its sizes and its share of supports.
 
-    python benchmarks/studies/loss_effects.py                                    # both tasks, 5 seeds, on a small model: about 15 minutes of one core
+    python benchmarks/studies/loss_effects.py                                    # both tasks, 5 seeds, on a small model: about 30 minutes of one core
     python benchmarks/studies/loss_effects.py --seeds 1 --task cycles            # a look
     python benchmarks/studies/loss_effects.py --base smollm2-135m --lr 5e-4      # on a real model: hours
 

@@ -165,9 +165,16 @@ class Asked:
 
 
 def few(base: Base, asked: Asked) -> bool:
-    """Whether the batch may share a pass: it is small, goes through our own decoder, and needs one log-prob per position of the base's own head."""
+    """Whether the batch may share a pass: it is small, goes through our own decoder, needs one log-prob per position of the base's own head, and no
+    terms on parameters or norms of examples."""
     small = base.decoder is not None and 0 < asked.batch.tokens <= FEW and base.head not in asked.active.pairs
-    return small and asked.loss.needs == "logprobs" and asked.active.note is None and not asked.loss.penalties and all(datum.targets.ndim == 1 for datum in asked.batch.data)
+    return (
+        small
+        and asked.loss.needs == "logprobs"
+        and asked.active.note is None
+        and not asked.loss.penalties
+        and all(datum.targets.ndim == 1 for datum in asked.batch.data)
+    )
 
 
 def evaluate_together(base: Base, asked: Sequence[Asked]) -> list[tuple[StepOutput, dict[str, Tensor]] | Exception]:

@@ -216,10 +216,10 @@ class LoraLinear(nn.Module):
         if active.drops:
             drop = active.drop(active.seed_of(self.name), self.name)
             inputs = inputs if drop is None else inputs * (drop.kept(tuple(x.shape), x.device) * active.raise_by)
-        low = functional.linear(inputs, pair[0])
-        added = functional.linear(low, pair[1]) * active.scale
+        ranks = functional.linear(inputs, pair[0])
+        added = functional.linear(ranks, pair[1]) * active.scale
         if (note := active.note) is not None and added.requires_grad:
-            head, rows, shrunk = x.ndim == 2, inputs.detach().flatten(0, -2), low.detach().flatten(0, -2)
+            head, rows, shrunk = x.ndim == 2, inputs.detach().flatten(0, -2), ranks.detach().flatten(0, -2)
 
             def tell(gradient: Tensor) -> None:
                 g = gradient.flatten(0, -2) * active.scale
