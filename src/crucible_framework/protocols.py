@@ -43,17 +43,21 @@ if TYPE_CHECKING:
 __all__ = [
     "Backend",
     "Clock",
+    "ExampleSession",
     "GradientHook",
     "Gradients",
     "HedgePolicy",
     "Loss",
     "LossFn",
     "OnTokens",
+    "Penalty",
+    "PenaltyFn",
     "Report",
     "Router",
     "Sampler",
     "Schedule",
     "Scorer",
+    "Slope",
     "StreamSampler",
     "Tokenizer",
     "TrainingSession",
@@ -74,6 +78,21 @@ Schedule: TypeAlias = Callable[[int, int], float]
 """(step from 0, steps in all) → factor in [0, 1] for the learning rate."""
 
 
+Slope: TypeAlias = "Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]"
+"""Adapter tensors by name → the gradient there, per unit of token weight, of the loss that a penalty is added to."""
+PenaltyFn: TypeAlias = "Callable[[Mapping[str, Tensor], Slope], tuple[float, Mapping[str, Tensor]]]"
+"""(adapter tensors by name, slope) → the penalty's value and its gradient."""
+
+
+@record
+class Penalty:
+    """A term on the adapter's tensors, added to a loss `factor` times per unit of token weight."""
+
+    name: str
+    fn: PenaltyFn
+    factor: float = 1.0
+
+
 @record
 class Loss:
     """A loss function with what it cannot say of itself.
@@ -84,6 +103,7 @@ class Loss:
         needs: "logprobs" of the targets, or full "logits" (then the second argument holds [T, V] logits; local backends only).
         extras: names that every datum's `extras` must hold.
         native: the Tinker service's name of the same loss, where it has one.
+        penalties: terms on the adapter's own tensors; local backends only.
         prepare: adds to a rendered datum what the loss needs and text alone tells (candidates, extras); run once per datum before training.
     """
 
@@ -93,6 +113,7 @@ class Loss:
     needs: Literal["logprobs", "logits"] = "logprobs"
     extras: tuple[str, ...] = ()
     native: str | None = None
+    penalties: tuple[Penalty, ...] = ()
     prepare: Callable[[Datum, Tokenizer], Datum] | None = None
 
 
@@ -178,6 +199,15 @@ class TrainingSession(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ExampleSession(TrainingSession, Protocol):
+    """A session that also knows each example's own gradient norm, from the pass that training makes anyway."""
+
+    def forward_backward_examples(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
+        """As `forward_backward`, with `StepOutput.example_norms`."""
+        ...
 
 
 class Backend(Protocol):

@@ -273,6 +273,8 @@ class TrainConfig:
         checkpoint_interval, eval_interval: in steps; 0 switches them off.
         patience: evaluations without improvement of the dev loss before stopping; 0 never stops early.
         keep: checkpoints kept besides the best and the pinned.
+        hooks: names of gradient hooks that run in each step, in order, before the trainer's own.
+        example_norms: record each step's gradient norms of single examples, where the backend tells them.
     """
 
     base_model: str = "smollm2-135m"
@@ -293,8 +295,11 @@ class TrainConfig:
     patience: int = 0
     keep: int = 3
     seed: int = 0
+    hooks: tuple[str, ...] = ()
+    example_norms: bool = False
 
     def __post_init__(self) -> None:
+        _check(self, "hooks", isinstance(self.hooks, tuple) and all(self.hooks), "names of gradient hooks", "For example ['norms', 'health'].")
         _check(self, "base_model", bool(self.base_model), "a model's name or folder", "Offline default: 'smollm2-135m'.")
         for name in ("batch_size", "accumulate", "max_steps", "max_length", "keep"):
             _check(self, name, _whole(getattr(self, name), 1), "a whole number of at least 1")
@@ -357,12 +362,14 @@ class StepOutput:
         weight: the sum of the batch's weights (1 where all are zero).
         logprobs: per datum, float32 of the shape of its targets: log p(target | prefix); 0 where the weight is 0 and nothing was computed.
         metrics: what the loss reported.
+        example_norms: per datum the L2 norm of its own gradient, float64, where it was asked for.
     """
 
     loss: float
     weight: float
     logprobs: tuple[NDArray[np.float32], ...]
     metrics: Mapping[str, float]
+    example_norms: NDArray[np.float64] | None = None
 
 
 @record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crucible_framework.errors import ConfigError, UnknownNameError
-from crucible_framework.evaluation import citation_accuracy, contains, exact_match, f1, label_accuracy, numeric, schema_compliance, scorers, stated_label
+from crucible_framework.evaluation import (
+    citation_accuracy,
+    contains,
+    exact_match,
+    f1,
+    label_accuracy,
+    numeric,
+    schema_compliance,
+    scorers,
+    stated_label,
+    usual_scorers,
+)
 from crucible_framework.plugins import Registry
 from crucible_framework.protocols import Scorer
-from crucible_framework.records import Example, Json, Message, Score
+from crucible_framework.records import Dataset, DatasetCard, Example, Json, Message, Score
 
 from .samplers_for_tests import said
 
@@ -260,3 +272,12 @@ def test_no_label_is_read_out_of_a_question_of_scifact(real_data: Path) -> None:
         echo = f"Claim: {claim}\n\nDoes the passage support the claim? Answer with one of: SUPPORT, CONTRADICT, NOT_ENOUGH_INFO."
         if not re.search(r"support|contradict|refut", claim, re.IGNORECASE):
             assert stated_label(echo)[0] is None, claim
+
+
+def test_usual_scorers_depend_on_the_task() -> None:
+    card = DatasetCard(name="x", split="dev", task="extract", rows=1, sha256="", licence="", source="")
+    rows = Dataset(examples=(Example(id="a", prompt="p", target="CLAIM[c1]: x"),), card=card)
+    asked = usual_scorers(rows)
+    assert set(asked) <= set(scorers.names())
+    assert {"schema_compliance", "invented_documents", "cyclic"} <= set(asked)
+    assert usual_scorers(replace(rows, card=replace(card, task="verify"))) == ("label_accuracy",)

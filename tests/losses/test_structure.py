@@ -264,7 +264,20 @@ def test_cycle_in_the_text_is_not_learned() -> None:
 
 def test_reachability_over_several_lines() -> None:
     datum = annotated(HEAD + "RELATION: c3 supports c2\nRELATION: c2 supports c1\nRELATION: c1 supports c3")
-    assert events(datum, "closure") == [{"1": 1, "2": 1, "3": -1}, {"1": 1, "2": -1, "3": -1}]  # the last has no way out: nothing to choose
+    assert events(datum, "closure") == [{"1": 1, "2": 1, "3": -1}, {"1": 1, "2": -1, "3": -1}, {"s": -1, "r": 1}]  # the last has no way out but its kind
+    kind, target = np.flatnonzero((datum.weights < 0).any(1))  # neither is learned
+    assert datum.targets[kind, 0] == ord("s")
+    assert datum.targets[target, 0] == ord("3")
+
+
+def test_sources_without_a_way_out_where_no_kind_may_close_a_circle() -> None:
+    text = HEAD + "RELATION: c3 refutes c2\nRELATION: c2 supports c1\nRELATION: c1 refutes c3"
+    rendered = render(Example(id="x", prompt=PROMPT, target=text), ByteTokenizer())
+    datum = annotate_claims(rendered, ByteTokenizer(), acyclic=("supports", "refutes"))
+    found = events(datum, "closure")
+    assert found[2:] == [{"1": -1, "2": 1, "3": 1}]  # whoever starts at c1 is lost, so it must not start there; kind and target are no choices any more
+    only = annotate_claims(rendered, ByteTokenizer(), acyclic=("refutes",))
+    assert events(only, "closure") == [{"1": 1, "2": 1, "3": -1}, {"1": -1, "2": 1, "3": 1}]
 
 
 def test_ids_of_several_tokens() -> None:
@@ -377,3 +390,19 @@ def test_training_lowers_what_the_loss_names(name: str, metric: str) -> None:
             session.optim_step(AdamConfig(lr=1e-2)).result()
         after = session.forward(batch, loss).result().metrics[f"{name}/{metric}"]
     assert after < 0.7 * before
+
+
+@pytest.mark.parametrize(("name", "marks"), [("topological", "closure"), ("citation_validity", "citation")])
+def test_valid_makes_it_the_probability_of_a_valid_choice(name: str, marks: str) -> None:
+    """With valid=1 the loss is −log P(good), over the whole vocabulary; by hand on three candidates and mass elsewhere."""
+    datum, lp = decision([math.log(0.2), math.log(0.3), math.log(0.1)], [3, 4, 5], **{marks: [1, -1, 1]})
+    found = {valid: float(resolve(f"{name}(valid={valid})").fn([datum], [lp])[0].detach()) for valid in (0.0, 0.5, 1.0)}
+    assert found[0.0] == pytest.approx(-math.log(0.3 / 0.6))
+    assert found[1.0] == pytest.approx(-math.log(0.3))
+    assert found[0.5] == pytest.approx((found[0.0] + found[1.0]) / 2)
+
+
+def test_valid_is_checked() -> None:
+    for wrong in ("topological(valid=-1.0)", "topological(valid=nan)", "topological(valid=1.0, variant=expm)"):
+        with pytest.raises(ConfigError, match="valid="):
+            resolve(wrong)

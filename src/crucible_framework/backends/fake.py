@@ -32,7 +32,8 @@ from ..data import ByteTokenizer, render_prompt
 from ..errors import BackendError, ConfigError, CorruptError, NotFoundError, NumericError, SessionClosedError, UnknownNameError
 from ..files import storage_errors, write_atomic
 from ..losses.apply import apply_loss, positions, some, spread, step_output, target_logprobs
-from ..protocols import GradientHook, Loss, Tokenizer
+from ..losses.penalties import penalise
+from ..protocols import GradientHook, Gradients, Loss, Tokenizer
 from ..records import AdamConfig, Batch, Capabilities, Checkpoint, Completion, LoraConfig, OptimOutput, Prompt, SamplingParams, StepOutput
 
 __all__ = ["FakeBackend", "FakeSampler", "FakeSession"]
@@ -168,14 +169,14 @@ class FakeSession:
         """Requests submitted before still run; later ones raise SessionClosedError."""
         self._closed = True
 
-    def _run(self, batch: Batch, loss: Loss, tensors: Tensors, dropout: torch.Generator | None = None) -> tuple[StepOutput, Tensors]:
-        """What to report and, where the tensors want one, the gradient."""
+    def _run(self, batch: Batch, loss: Loss, tensors: Gradients, dropout: torch.Generator | None = None) -> tuple[StepOutput, Tensors]:
+        """What to report and, where there is a generator for dropout, the gradient."""
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()} if dropout is not None else {}
         rows = positions(loss, batch.data, self._base.vocab)
         tokens = np.concatenate([datum.tokens[used] for datum, used in zip(batch.data, rows, strict=True)])
-        logits = torch.split(self._base.logits(tensors, self._lora, tokens, dropout), [len(used) for used in rows])
+        logits = torch.split(self._base.logits(leaves or dict(tensors), self._lora, tokens, dropout), [len(used) for used in rows])
         logprobs = [target_logprobs(one, torch.tensor(datum.targets[used])) for datum, used, one in zip(batch.data, rows, logits, strict=True)]
         seen = [spread(one, used, len(datum)) for datum, used, one in zip(batch.data, rows, logprobs, strict=True)]
-        leaves = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
         applied = apply_loss(loss, batch.data, logits if loss.needs == "logits" else seen, grad=bool(leaves))
         gradients: Tensors = {}
         if leaves:
@@ -192,8 +193,12 @@ class FakeSession:
     def _forward_backward(self, batch: Batch, loss: Loss) -> StepOutput:
         with events.span("training.forward_backward", examples=len(batch.data), tokens=batch.tokens) as span:
             try:
-                leaves = {name: self._tensors[name].clone().requires_grad_() for name in self._base.shapes(self._lora)}
-                output, gradients = self._run(batch, loss, leaves, _generator(self._lora.seed, self._passes + 1))
+                adapter = {name: self._tensors[name] for name in self._base.shapes(self._lora)}
+
+                def at(values: Gradients) -> tuple[StepOutput, Tensors]:
+                    return self._run(batch, loss, values, _generator(self._lora.seed, self._passes + 1))
+
+                output, gradients = penalise(loss, *at(adapter), adapter, lambda values: at(values)[1])
                 _check_finite(gradients, "gradient", batch.ids)
                 self._gradients = {name: self._gradients.get(name, 0) + gradient for name, gradient in gradients.items()}
             except Exception as error:
@@ -205,22 +210,18 @@ class FakeSession:
 
     def _optim_step(self, adam: AdamConfig, hook: GradientHook | None) -> OptimOutput:
         with events.span("training.optim_step") as span:
-            gradients, failure = self._gradients, self._failure
-            self._gradients, self._failure = {}, None
+            gradients, failure, self._gradients, self._failure = self._gradients, self._failure, {}, None
             if failure is not None:
                 kind = NumericError if isinstance(failure, NumericError) else BackendError
                 raise kind(f"The step was not taken because a forward_backward before it failed: {failure}") from failure
             if not gradients:
                 raise BackendError("optim_step found no gradient; expected a forward_backward since the last step. Submit one first.")
             metrics: dict[str, float] = {}
-            if hook is not None:
-                gradients = _hooked(gradients, hook, metrics)
+            gradients = gradients if hook is None else _hooked(gradients, hook, metrics)
             norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()]).norm()
             _check_finite(gradients | {"global norm": norm}, "gradient")
             factor = 1.0 if adam.max_grad_norm is None else min(1.0, adam.max_grad_norm / (float(norm) + 1e-6))
-            tensors: Tensors = {}
-            for name, gradient in gradients.items():
-                tensors |= _adamw(adam, self._step + 1, name, gradient * factor, self._tensors)
+            tensors = {key: new for name, part in gradients.items() for key, new in _adamw(adam, self._step + 1, name, part * factor, self._tensors).items()}
             _check_finite(tensors, "new value")
             self._tensors, self._step = tensors, self._step + 1
             span.set(step=self._step, grad_norm=float(norm))
@@ -287,8 +288,7 @@ class FakeSampler:
         start, logits, tokenizer = time.perf_counter(), self._logits(), self._backend.bytes
         ends = {*tokenizer.eos_ids, *(stop for stop in params.stop if isinstance(stop, int))}
         strings = [stop for stop in params.stop if isinstance(stop, str)]
-        tokens: list[int] = []
-        logprobs: list[float] = []
+        tokens, logprobs = list[int](), list[float]()
         text, stopped = "", False
         while not stopped and len(tokens) < params.max_tokens:
             token, logp = _draw(logits(np.array([tokens[-1] if tokens else ids[-1]]))[0], params, generator)

@@ -14,12 +14,12 @@ from rich.console import Group
 from ..backends import connect
 from ..data import datasets as known_datasets
 from ..demo import run_demo
-from ..evaluation import attempt, compare, evaluate
+from ..evaluation import BySentence, NliModel, attempt, compare, evaluate, usual_scorers, validation_scorers
 from ..experiments import analyse
 from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
 from ..losses import resolve
-from ..protocols import Sampler
+from ..protocols import Sampler, Scorer
 from ..records import Evaluation, SamplingParams
 from ..reports import write_report
 from ..reports.study import is_study, write_study_report
@@ -102,8 +102,9 @@ def train(
 
 def score(
     model: str, /, *, dataset: str = "minifact", split: str = "test", task: str | None = None, limit: int | None = None, against: str | None = None,
-    scorers: list[str] | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int = 32, shots: int = 0, attempts: int = 1,
-    k: str = "1", temperature: float = 0.8, unsafe_local: bool = False, folder: Path | None = None, backend: str = "local",
+    scorers: list[str] | None = None, nli: str | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int | None = None,
+    shots: int = 0, attempts: int = 1, k: str = "1", temperature: float = 0.8, unsafe_local: bool = False, folder: Path | None = None,
+    backend: str = "local",
 ) -> Reply:  # fmt: skip
     """Score a model on a data set, alone or paired with another.
 
@@ -114,10 +115,11 @@ def score(
         task: where the data set has several.
         limit: the first examples only.
         against: a second model that answers the same examples; the difference is model − against.
-        scorers: names; `label_accuracy` where none is given.
+        scorers: names; where none is given, `label_accuracy`, and those of claims for the task "extract".
+        nli: a Hugging Face cross-encoder that judges whether documents bear claims out, in four more scores.
         choose: the answer is the label that the model finds likeliest, instead of what it writes.
         perplexity: also the targets' perplexity.
-        max_tokens: tokens per answer at the most; answers are greedy, but for attempts.
+        max_tokens: tokens per answer at the most, 32 where nothing is said and 512 for the task "extract"; answers are greedy, but for attempts.
         shots: solved training (else dev) examples of other documents before each question.
         attempts: draw that many answers to each example and give pass@k without bias; the first scorer says what passes.
         k: of pass@k; several with commas between.
@@ -126,14 +128,17 @@ def score(
         folder: keeps each row, so that an interrupted evaluation goes on.
         backend: local or fake.
     """
-    rows, asked = load_rows(DataChoice(name=dataset, task=task, limit=limit), split, shots), runnable(scorers or ["label_accuracy"], unsafe=unsafe_local)
+    rows = load_rows(DataChoice(name=dataset, task=task, limit=limit), split, shots)
+    asked: tuple[str | Scorer, ...] = (*runnable(scorers or list(usual_scorers(rows)), unsafe=unsafe_local),)
+    asked += validation_scorers(entailment=BySentence(NliModel(nli))) if nli else ()
+    most = max_tokens or (512 if rows.card.task == "extract" else 32)
     if attempts > 1:
-        drawn = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=0.95, seed=0)
+        drawn = SamplingParams(max_tokens=most, temperature=temperature, top_p=0.95, seed=0)
         with connect(backend) as engine, progress_bar() as bar:
             told, ks = partial(bar.stage, model), numbers("k", k)
             tried = attempt(engine.sampler(resolve_model(model)), rows, asked[0], n=attempts, ks=ks, params=drawn, folder=folder, progress=told)
         return Reply({"attempts": tried}, show.estimates(tried.estimates))
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    params = SamplingParams(max_tokens=most, temperature=0.0)
     found: dict[str, Evaluation] = {}
     with connect(backend) as engine, progress_bar() as bar:
         for label, name in (("model", model), ("against", against)):
@@ -146,7 +151,7 @@ def score(
     parts = [part for name, one in found.items() for part in (name, show.estimates(one.estimates))]
     if against is None:
         return Reply({"evaluation": found[model]}, Group(*parts))
-    findings = [compare(found[against], found[model], name) for name in asked]
+    findings = [compare(found[against], found[model], name if isinstance(name, str) else getattr(name, "__name__", "")) for name in asked]
     return Reply({"evaluation": found[model], "against": found[against], "findings": findings}, Group(*parts, *map(show.finding_text, findings)))
 
 

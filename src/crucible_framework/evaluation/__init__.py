@@ -28,7 +28,7 @@ from .labels import DEFAULT_LABELS, labels_of, stated_label, target_label
 from .quality import CLAIM_TARGETS, Gate, Shortfall, Target, check_quality, monitor, parse_target
 from .results import baselines, compare, load_evaluation
 from .sandbox import require_sandbox
-from .scoring import citation_accuracy, contains, exact_match, f1, label_accuracy, numeric, schema_compliance, scorers
+from .scoring import citation_accuracy, contains, exact_match, f1, label_accuracy, numeric, schema_compliance, scorers, usual_scorers
 from .validation import Check, Outcome, Stage, Thresholds, Validation, chirality, invented_documents, validate, validation_lexical, validation_scorers
 
 __all__ = [
@@ -100,6 +100,7 @@ __all__ = [
     "summarise_issues",
     "target_label",
     "topology",
+    "usual_scorers",
     "validate",
     "validation_lexical",
     "validation_scorers",

@@ -14,11 +14,12 @@ from decimal import Decimal
 
 from ..plugins import Registry
 from ..protocols import Scorer
-from ..records import Completion, Example, Score
+from ..records import Completion, Dataset, Example, Score
 from .claims import cited_documents, parse_claims
 from .labels import labels_of, stated_label, target_label
 
 __all__ = [
+    "CLAIM_SCORERS",
     "citation_accuracy",
     "contains",
     "exact_match",
@@ -28,6 +29,7 @@ __all__ = [
     "prompt_text",
     "schema_compliance",
     "scorers",
+    "usual_scorers",
 ]
 
 _NAMES = ("exact_match", "label_accuracy", "f1", "numeric", "contains", "schema_compliance", "citation_accuracy")
@@ -44,6 +46,17 @@ scorers: Registry[Scorer] = Registry(
     },
 )
 """Names to scorers; `scorers.register("mine")` adds one."""
+
+
+CLAIM_SCORERS = (
+    "schema_compliance", "citation_accuracy", "invented_documents", "cyclic", "circuit_rank", "polarity_conflict", "validation_lexical",
+)  # fmt: skip
+"""What is asked of texts of claims; the last says in its name that no model judged."""
+
+
+def usual_scorers(rows: Dataset) -> tuple[str, ...]:
+    """The scorers for a data set where none are named: those of claims for a task "extract", else `label_accuracy`."""
+    return CLAIM_SCORERS if rows.card.task == "extract" else ("label_accuracy",)
 
 
 def prompt_text(example: Example) -> str:

@@ -10,6 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast, overload
 
 from ..errors import BackendError, ConfigError, UnknownNameError
@@ -28,10 +29,13 @@ _TABLE = {
     "preference": "dpo ipo simpo orpo kto",
     "distillation": "distillation",
     "regularizers": "entropy negative_entropy forward_kl reverse_kl symmetric_kl consistency",
+    "penalties": "l1 l2 orthogonality gradient_penalty",
     "structure": "topological citation_validity chirality",
 }
 _PLACES = {name: f"{__name__}.{file}" for file, names in _TABLE.items() for name in names.split()}
-_WITH_SETTINGS = frozenset(["ppo", "cispo", "dro", "gspo", "dpo", "ipo", "simpo", "orpo", "kto", "distillation", "topological"])
+_WITH_SETTINGS = frozenset(
+    ["ppo", "cispo", "dro", "gspo", "dpo", "ipo", "simpo", "orpo", "kto", "distillation", "topological", "citation_validity", "gradient_penalty"]
+)
 _CALL = re.compile(r"(?P<name>\w+)\((?P<settings>[^()]*)\)")
 
 losses: Registry[Loss] = Registry("loss", {name: f"{place}:{name.upper()}" for name, place in _PLACES.items()})
@@ -147,6 +151,7 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
         import torch
 
         from .apply import target_logprobs, total_weight
+        from .penalties import nothing
 
         logprobs = inputs
         if needs == "logits":
@@ -155,6 +160,8 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
         parts: list[Tensor] = []
         metrics: dict[str, float] = {}
         for term, factor in terms:
+            if term.penalties and term.fn is nothing:
+                continue  # its backend reports it
             value, reported = term.fn(data, inputs if term.needs == "logits" else logprobs)
             if value.numel() != 1:
                 raise BackendError(f"The loss {term.name!r} gave a tensor of shape {tuple(value.shape)}; expected one number. Sum over the weighted tokens.")
@@ -166,7 +173,7 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
                 found = torch.autograd.grad(value.reshape(()), inputs, retain_graph=True, allow_unused=True)
                 norm = math.hypot(*(float(part.norm()) for part in found if part is not None))
                 metrics[f"grad_norm/{term.name}"] = norm / abs(total)
-        return torch.stack(parts).sum(), metrics
+        return torch.stack(parts or [logp[:0].sum() for logp in logprobs]).sum(), metrics
 
     steps = list(dict.fromkeys(term.prepare for term, _ in terms if term.prepare is not None))
 
@@ -181,5 +188,6 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
         source="weighted sum of: " + "; ".join(term.source for term, _ in terms),
         needs=needs,
         extras=tuple(dict.fromkeys(name for term, _ in terms for name in term.extras)),
+        penalties=tuple(replace(penalty, factor=factor * penalty.factor) for term, factor in terms for penalty in term.penalties),
         prepare=prepare if steps else None,
     )

@@ -28,6 +28,8 @@ _CLAIM = re.compile(r"^[ \t]*CLAIM\[([^\]\n]+)\]", re.IGNORECASE | re.MULTILINE)
 _RELATION = re.compile(r"^[ \t]*RELATION[ \t]*[:\-]?[ \t]*(\S+)[ \t]+(supports|refutes|contrasts)[ \t]+(\S+)[ \t]*$", re.IGNORECASE | re.MULTILINE)
 _CITED = re.compile(r"\(Document[ \t]+(\d+)\)")
 _GIVEN = re.compile(r"\bDocument[ \t]+(\d+)\s*:")
+_KINDS = frozenset(["supports", "refutes"])
+"""What a relation may always be; "contrasts" counts where it is written."""
 _CUT = -1
 """Stands for the end of a text that was cut right after an id."""
 
@@ -160,23 +162,64 @@ def _relations(text: _Text, table: _Table, tokenizer: Tokenizer, acyclic: frozen
     for match in _RELATION.finditer(text.text):
         source, kind, target = match[1].lower(), match[2].lower(), match[3].lower()
         valid = dict.fromkeys(name for place, name in declared if place < match.start())
-        if source in number and target in valid and kind in acyclic:
-            bad = closing_targets(edges, source, valid)
-            names = {written[name] if name != target else match[3]: name for name in valid}
-            wrong = frozenset(shown for shown, name in names.items() if name in bad)
-            choices = _choices(text, match.span(3), names, tokenizer)
-            for i, choice in enumerate(choices):
-                marks = _marks(choice, wrong)
-                nodes = {shown: number[names[shown]] for shown in choice.tokens} if i == 0 else None
-                if marks is not None:
-                    table.mark(choice, CLOSURE, marks, nodes)
-                elif nodes is not None:
-                    table.add(choice, {shown: {NODES: node} for shown, node in nodes.items()})
-                if nodes is not None:
-                    table.flat[SOURCE][choice.position] = number[source]
-            edges.append((source, target))
+        if source in number and target in valid:
+            every = acyclic.issuperset(_KINDS | {kind})  # no kind of relation may close a circle: then a source may be a mistake too
+            closing = {name: closing_targets(edges, name, valid) for name in ([*valid, source] if every else [source])}
+            lost = frozenset(name for name, bad in closing.items() if len(bad) == len(valid))  # whatever these support goes in a circle
+            _openings(text, match, table, tokenizer, acyclic=acyclic, lost=lost, sources=[written[name] for name in valid] if every else ())
+            if kind in acyclic:
+                names = {written[name] if name != target else match[3]: name for name in valid}
+                _targets(text, match.span(3), names, table, tokenizer, bad=closing[source], number=number, source=number[source])
+                edges.append((source, target))
         if kind in ("supports", "refutes"):
             _polarity(text, match.span(2), kind, table, tokenizer)
+
+
+def _openings(
+    text: _Text, match: re.Match[str], table: _Table, tokenizer: Tokenizer, *, acyclic: frozenset[str], lost: frozenset[str], sources: Sequence[str]
+) -> None:
+    """Marks a relation's source and kind where they leave no target that does not close a cycle."""
+    if sources and lost:
+        _mark_all(_choices(text, match.span(1), sources, tokenizer), frozenset(name for name in (match[1], *sources) if name.lower() in lost), table)
+    if match[1].lower() in lost:
+        kinds = {name.upper() if match[2].isupper() else name: name for name in sorted(_KINDS)} | {match[2]: match[2].lower()}
+        _mark_all(_choices(text, match.span(2), kinds, tokenizer), frozenset(shown for shown, name in kinds.items() if name in acyclic), table)
+
+
+def _mark_all(choices: Iterable[_Choice], wrong: frozenset[str], table: _Table) -> None:
+    for choice in choices:
+        if (marks := _marks(choice, wrong)) is not None:
+            table.mark(choice, CLOSURE, marks)
+
+
+def _targets(
+    text: _Text,
+    span: tuple[int, int],
+    names: Mapping[str, str],
+    table: _Table,
+    tokenizer: Tokenizer,
+    *,
+    bad: frozenset[str],
+    number: Mapping[str, float],
+    source: float,
+) -> None:
+    """Marks the candidates of a relation's target, and names their nodes at the token where they first part.
+
+    Args:
+        names: ids as they may be written, and as they compare.
+    """
+    wrong = frozenset(shown for shown, name in names.items() if name in bad)
+    for i, choice in enumerate(_choices(text, span, names, tokenizer)):
+        marks = _marks(choice, wrong)
+        nodes = {shown: number[names[shown]] for shown in choice.tokens} if i == 0 else None
+        if marks is not None:
+            table.mark(choice, CLOSURE, marks, nodes)
+        elif nodes is not None:
+            table.add(choice, {shown: {NODES: node} for shown, node in nodes.items()})
+        if wrong.issuperset(choice.tokens):
+            table.cancelled.add(choice.position)
+        if nodes is not None:
+            table.flat[SOURCE][choice.position] = source
 
 
 def _polarity(text: _Text, span: tuple[int, int], kind: str, table: _Table, tokenizer: Tokenizer) -> None:
@@ -212,7 +255,8 @@ def annotate_claims(datum: Datum, tokenizer: Tokenizer, *, documents: Sequence[s
     cancelled by a second column with the opposite weight: the position is computed, but cross-entropy does not learn the mistake.
 
     Valid targets of a relation are the claims declared before it; an id that is not declared, and everything after it on that line, is left out.
-    Ids compare without case.
+    Where every target would close a cycle, the kind before it is what closes it ("supports" is bad, "refutes" is not); where every kind would, the
+    source is. Ids compare without case.
 
     Args:
         datum: rendered, with targets [T]; its completion are the positions from the first weight that is not 0.

@@ -7,6 +7,7 @@ the usual one; candidates have weight 0. A position counts w_t = max_k |weights[
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -73,8 +74,8 @@ def _nothing(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> Tensor:
     return torch.stack([logp[:0].sum() for logp in logprobs]).sum()
 
 
-def _avoid(data: Sequence[Datum], logprobs: Sequence[Tensor], *, name: str, loss: str) -> Made:
-    """−Σ_t w_t · log(1 − c_t), c_t the share of the bad candidates (mark < 0) in the mass of all marked ones."""
+def _avoid(data: Sequence[Datum], logprobs: Sequence[Tensor], *, name: str, loss: str, valid: float) -> Made:
+    """−Σ_t w_t · (log(1 − c_t) + valid · log m_t), c_t the share of the bad candidates (mark < 0) in the mass m_t of all marked ones."""
     terms, mass, total, events = [_nothing(data, logprobs)], 0.0, 0.0, 0
     for row in _rows(data, logprobs, name, loss):
         good, bad = (torch.logsumexp(row.logp.masked_fill(~kept, -torch.inf), -1) for kept in (row.marks > 0, row.marks < 0))
@@ -85,6 +86,9 @@ def _avoid(data: Sequence[Datum], logprobs: Sequence[Tensor], *, name: str, loss
             )
         odds = torch.where(real, bad - good, 0.0)
         terms.append((torch.where(real, row.weights * softplus(odds), 0.0)).sum())
+        if valid:
+            mass_of_all = torch.logsumexp(row.logp.masked_fill(row.marks == 0, -torch.inf), -1)
+            terms.append(-valid * torch.where(real, row.weights * mass_of_all, 0.0).sum())
         mass += float((row.weights * torch.sigmoid(odds.detach()))[real].sum())
         total, events = total + float(row.weights[real].sum()), events + int(real.sum())
     return torch.stack(terms).sum(), {"events": float(events), "bad_mass": mass / (total or 1.0)}
@@ -171,12 +175,14 @@ def _made(name: str, fn: Callable[..., Made], source: str, extras: tuple[str, ..
     return Loss(name=name, fn=fn, source=source, extras=extras, prepare=annotate_claims)
 
 
-def topological(variant: Variant = "closure") -> Loss:
+def topological(variant: Variant = "closure", valid: float = 0.0) -> Loss:
     """Against circular reasoning: relations "a supports b" whose edges close a directed cycle. In nats (closure) or without unit.
 
     "closure": −Σ_t w_t · log(1 − c_t). At the token that decides a relation's target, c_t is the share of the candidates that close a cycle with the
     relations written before (all ids from which the source can be reached, itself included) in the mass of all valid ids. So Π (1 − c_t) is the
-    probability that none of the choices along the text closes a cycle, and mass that leaves the valid ids gains nothing.
+    probability that none of the choices along the text closes a cycle, and mass that leaves the valid ids gains nothing. Where every target would close
+    one, the relation's kind is judged in its place. As bad ids lose mass, the share of ids that do not exist may grow; `valid` adds −valid · log m_t, with
+    m_t the mass of all valid ids, at the same tokens: at 1 the loss is −Σ w_t · log P(a valid id that closes no cycle).
 
     The others: Σ_graph (Σ_t w_t) · h(A), with `acyclicity` h of the soft adjacency A of the whole text. They also see cycles that
     later lines may close, but are blind to order, and large factors have side effects; use closure unless you study them.
@@ -190,29 +196,39 @@ def topological(variant: Variant = "closure") -> Loss:
     Limits: it looks at one text's own choices, given what the text says before; it knows no other meaning of an argument than its relations.
 
     Raises:
-        ConfigError: another variant.
+        ConfigError: another variant, or `valid` is below 0, not finite, or given with one of the others.
 
     Source: Welleck et al. 2019, arXiv 1908.04319 (unlikelihood), with a graph's negative set; variants: see `acyclicity`.
     """
     if variant not in _SOURCES:
         raise ConfigError(f"topological got the variant {variant!r}; expected one of {', '.join(map(repr, _SOURCES))}.")
     if variant == "closure":
-        return _made("topological", partial(_avoid, name=CLOSURE, loss="topological"), _SOURCES[variant], (CLOSURE,))
+        return _avoiding("topological", CLOSURE, _SOURCES[variant], valid)
+    if valid:
+        raise ConfigError(f"topological got valid={valid!r} with the variant {variant!r}; expected it with 'closure' only. Leave it out.")
     return _made(f"topological(variant={variant})", partial(_cycles, variant=variant), _SOURCES[variant], (NODES, SOURCE))
 
 
-def citation_validity() -> Loss:
+def _avoiding(name: str, marks: str, source: str, valid: float) -> Loss:
+    if not (math.isfinite(valid) and valid >= 0):
+        raise ConfigError(f"{name} got valid={valid!r}; expected a finite number of at least 0, usually 0 or 1.")
+    shown = f"{name}(valid={valid:g})" if valid else name
+    return _made(shown, partial(_avoid, name=marks, loss=name, valid=valid), source, (marks,))
+
+
+def citation_validity(valid: float = 0.0) -> Loss:
     """−Σ_t w_t · log(1 − c_t): c_t is the share of the tokens that turn a document id into one that the prompt does not have. In nats.
 
     The id is followed token by token: good are the tokens that begin or continue the id of a document of the prompt, bad are those by which no such
-    id is left. Bad candidates are the ids that differ in one digit; others count once the model's mass is on them in neither sum.
+    id is left. Bad candidates are the ids that differ in one digit; mass on other tokens counts in neither sum, unless `valid` is above 0: it adds
+    −valid · log m_t, with m_t the mass of all candidates.
 
     Extra: `citation` [T, K] (+1, −1, 0 no candidate). Metrics: `events`, `bad_mass` (mean c_t).
     Limits: it says that a document exists, not that it says what is claimed.
 
     Source: Welleck et al. 2019, arXiv 1908.04319 (unlikelihood training), with the invented ids as negative set.
     """
-    return _made("citation_validity", partial(_avoid, name=CITATION, loss="citation_validity"), _SOURCES["closure"].split(", with")[0], (CITATION,))
+    return _avoiding("citation_validity", CITATION, _SOURCES["closure"].split(", with")[0], valid)
 
 
 def chirality() -> Loss:

@@ -13,6 +13,7 @@ from typing import Literal
 from ..records import Json
 from . import words
 from .evidence import compared, evaluation_notices, facts
+from .gradients import gradient_blocks, points, values
 from .parts import Block, Document, Fact, LineChart, Listing, Note, Section, Series, Table
 from .results import results, samples
 from .sources import RunFiles, as_list, as_number, as_table, as_text
@@ -28,7 +29,6 @@ _WORDS = {
 }
 _LOSSES = {"train/loss": "training batch", "dev/loss": "held-out data", "probe/loss": "fixed training examples"}
 _ROLES: Mapping[str, Literal["raw", "held_out", "points"]] = {"train/loss": "raw", "dev/loss": "held_out", "probe/loss": "points"}
-_SHOWN_STEPS = 10
 _BROAD = 20.0
 """A logarithmic axis where the largest value is that many times the smallest."""
 
@@ -100,7 +100,7 @@ def _subtitle(run: RunFiles) -> str:
 
 def _probed(run: RunFiles) -> str:
     """What the losses of the result are measured on, where the metrics tell."""
-    result, probes = _result(run), _points(run, "probe/loss")[1]
+    result, probes = _result(run), points(run, "probe/loss")[1]
     same = len(probes) > 1 and probes[0] == as_number(result.get("initial_loss")) and probes[-1] == as_number(result.get("final_loss"))
     return ", fixed training examples" if same else ""
 
@@ -154,13 +154,6 @@ def _answers(run: RunFiles) -> Section:
 
 
 # ------------------------------------------------------------------------------------------------------------- training
-def _points(run: RunFiles, name: str) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
-    """Steps and values of a metric; a value that is not finite is a gap. Rows without the metric are left out."""
-    rows = [(step, as_number(row.get(name))) for row in run.metrics if name in row and (step := as_number(row.get("step"))) is not None]
-    rows.sort(key=lambda row: row[0])
-    return tuple(x for x, _ in rows), tuple(y for _, y in rows)
-
-
 def _smooth(y: Sequence[float | None], window: int) -> tuple[float | None, ...]:
     """The mean of the last `window` values at each place; None before there are as many, and across gaps."""
     means: list[float | None] = []
@@ -170,43 +163,28 @@ def _smooth(y: Sequence[float | None], window: int) -> tuple[float | None, ...]:
     return tuple(means)
 
 
-def _values(title: str, names: Mapping[str, str], run: RunFiles, source: str) -> Table:
-    """Some steps in words: the first, the last and some between, and those of a metric that few steps have."""
-    at: dict[float, dict[str, float | None]] = {}
-    for name in names:
-        for x, y in zip(*_points(run, name), strict=True):
-            at.setdefault(x, {})[name] = y
-    steps = sorted(at)
-    every = max(1, math.ceil((len(steps) - 1) / (_SHOWN_STEPS - 1))) if len(steps) > 1 else 1
-    sparse = {x for name in names if len(_points(run, name)[0]) <= _SHOWN_STEPS for x in _points(run, name)[0]}
-    chosen = sorted({*steps[:-1][::every], *steps[-1:], *sparse})
-    rows = tuple((f"{step:,.0f}", *(words.number(at[step].get(name)) for name in names)) for step in chosen)
-    note = f"{len(chosen)} of {len(steps):,} steps; all are in {source}." if len(chosen) < len(steps) else ""
-    return Table(title=title, columns=("Step", *names.values()), rows=rows, source=source, numeric=tuple(range(len(names) + 1)), note=note)
-
-
 def _loss_chart(run: RunFiles) -> LineChart | None:
-    names = {name: words_ for name, words_ in _LOSSES.items() if any(y is not None for y in _points(run, name)[1])}
+    names = {name: words_ for name, words_ in _LOSSES.items() if any(y is not None for y in points(run, name)[1])}
     if not names:
         return None
     series: list[Series] = []
     note = ""
     for name, label in names.items():
-        x, y = _points(run, name)
+        x, y = points(run, name)
         series.append(Series(name=label, x=x, y=y, role=_ROLES[name]))
         window = min(50, len(y) // 10)
         if name == "train/loss" and window >= 3:
             series.append(Series(name=f"mean of the last {window} batches", x=x, y=_smooth(y, window), role="smooth"))
-    if any(value is None for name in names for value in _points(run, name)[1]):
+    if any(value is None for name in names for value in points(run, name)[1]):
         note = "Gaps are values that are not finite."
-    values = _values("Loss at some steps (nats per weight)", names, run, "metrics.jsonl")
+    shown = values("Loss at some steps (nats per weight)", names, run, "metrics.jsonl")
     return LineChart(
-        title="Loss", x_label="optimizer step", y_label="loss, nats per weight", series=tuple(series), source="metrics.jsonl", values=values, note=note
+        title="Loss", x_label="optimizer step", y_label="loss, nats per weight", series=tuple(series), source="metrics.jsonl", values=shown, note=note
     )
 
 
 def _gradient_chart(run: RunFiles) -> LineChart | None:
-    x, y = _points(run, "grad/global_norm")
+    x, y = points(run, "grad/global_norm")
     known = [value for value in y if value is not None]
     if not known:
         return None
@@ -221,7 +199,7 @@ def _gradient_chart(run: RunFiles) -> LineChart | None:
         y_label="global L2 norm before clipping",
         series=(Series(name="gradient norm", x=x, y=y, role="raw"),),
         source="metrics.jsonl",
-        values=_values("Gradient norm at some steps", {"grad/global_norm": "Gradient norm", "train/lr": "Learning rate"}, run, "metrics.jsonl"),
+        values=values("Gradient norm at some steps", {"grad/global_norm": "Gradient norm", "train/lr": "Learning rate"}, run, "metrics.jsonl"),
         note=note,
         log=min(known) > 0 and max(known) / min(known) > _BROAD,
     )
@@ -286,7 +264,7 @@ def _checkpoints(run: RunFiles) -> Table | None:
 
 
 def _training(run: RunFiles) -> Section:
-    blocks: list[Block | None] = [_loss_chart(run), _gradient_chart(run)]
+    blocks: list[Block | None] = [_loss_chart(run), _gradient_chart(run), *gradient_blocks(run)]
     if run.metrics and not any(blocks):
         blocks.append(Note(text="metrics.jsonl holds neither a loss nor a gradient norm."))
     elif (_steps(run) or 0) < 5 and any(blocks):

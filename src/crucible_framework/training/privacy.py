@@ -1,9 +1,10 @@
 """DP-SGD: training whose result hides whether any one example was in the data, and the ε that it costs.
 
 Each step takes every example with the same chance (Poisson sampling, which the accountant needs), clips each example's own gradient, adds
-Gaussian noise to the sum and steps; see `train_privately`. What it costs is one pass per example. Only the weights are private: losses,
-events and example norms of the same run are not covered by ε and should not leave the machine. The noise is floating-point noise
-(Mironov 2012 shows what that leaks). This file does not know models or files.
+Gaussian noise to the sum and steps; see `train_privately`. What it costs is two passes per step where the session tells norms of examples and
+the adapter has no dropout, else one pass per example. Only the weights are private: losses, events and example norms of the same run are not
+covered by ε and should not leave the machine. The noise is floating-point noise (Mironov 2012 shows what that leaks). This file does not know
+models or files.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from ..errors import ConfigError, DataError
 from ..losses import resolve
 from ..protocols import Gradients, Loss, LossFn, Report, TrainingSession
 from ..records import AdamConfig, Batch, Datum, record
-from .examplewise import example_gradients, unit_weights
-from .gradients import dot
+from .examplewise import clipped_sum, unit_weights
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -154,14 +154,6 @@ class _Private:
         return new
 
 
-def _clipped_sum(session: TrainingSession, data: Sequence[Datum], loss: Loss, clip: float) -> dict[str, Tensor]:
-    total: dict[str, Tensor] = {}
-    for gradient in example_gradients(session, data, loss):
-        factor = min(1.0, clip / max(math.sqrt(dot(gradient, gradient)), 1e-30))
-        total = {name: total[name] + factor * part if total else factor * part for name, part in gradient.items()}
-    return total
-
-
 def train_privately(
     session: TrainingSession, data: Sequence[Datum], config: PrivacyConfig, *, adam: AdamConfig | None = None, loss: str | Loss | LossFn = "cross_entropy"
 ) -> PrivateResult:
@@ -179,6 +171,7 @@ def train_privately(
 
     Raises:
         DataError: no data, or an example without positive weights.
+        ConfigError: the loss has terms on parameters.
         CapabilityError: the backend has no gradients of parameters.
 
     Source: Abadi et al. 2016, arXiv 1607.00133, algorithm 1.
@@ -187,13 +180,15 @@ def train_privately(
 
     if not data:
         raise DataError("train_privately got no examples; expected at least one.")
+    if resolve(loss).penalties:
+        raise ConfigError(f"train_privately got the loss {resolve(loss).name!r} with terms on parameters, which no example's clipping bounds. Leave them out.")
     resolved, units = resolve(loss), [unit_weights(datum) for datum in data]
     adam = adam or AdamConfig(max_grad_norm=None)
     rng = np.random.default_rng(config.seed)  # None is seeded by the system
     generator = torch.Generator().manual_seed(secrets.randbits(63) if config.seed is None else config.seed)
     for _ in itertools.repeat(None, config.steps):
         chosen = [units[i] for i in np.flatnonzero(rng.random(len(units)) < config.sampling_rate)]
-        clipped = _clipped_sum(session, chosen, resolved, config.clip)
+        clipped = clipped_sum(session, chosen, resolved, config.clip)
         hook = _Private(clipped, config.noise * config.clip, config.sampling_rate * len(units), generator)
         # A session steps only where it has a gradient; the hook puts the private one in its place, so this one reaches nothing.
         backward = session.forward_backward(Batch(data=(units[0],)), resolved)

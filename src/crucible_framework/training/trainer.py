@@ -25,10 +25,12 @@ from ..config import fingerprint, to_dict
 from ..data import Batches, Rendered, normalise, render_all
 from ..errors import CapabilityError, ConfigError, CorruptError, DataError, NotFoundError
 from ..losses import resolve
-from ..protocols import Backend, GradientHook, Loss, LossFn, Sampler, TrainingSession
+from ..protocols import Backend, ExampleSession, GradientHook, Loss, LossFn, Sampler, TrainingSession
 from ..records import Batch, Capabilities, Checkpoint, Dataset, Datum, Json, LoraConfig, OptimOutput, StepOutput, TrainConfig, TrainingResult, record
 from ..store import Run, open_run
 from .environment import describe_environment, peak_memory_bytes
+from .examplewise import example_metrics
+from .gradients import chain
 from .rates import learning_rate
 from .signals import stop_on_signal
 
@@ -109,7 +111,8 @@ class Trainer:
         self.backend, self.config = backend, config or TrainConfig()
         self.loss = resolve(self.config.loss if loss is None else loss)
         self.folder = Path(folder) if folder is not None else None
-        self.hook, self.callbacks, self._resume = hook, tuple(callbacks), resume
+        hooks: tuple[str | GradientHook, ...] = (*self.config.hooks, *((hook,) if hook is not None else ()))
+        self.hook, self.callbacks, self._resume = chain(*hooks) if hooks else None, tuple(callbacks), resume
         self._environment = describe_environment()
         self._environment["not_honoured"] = list(_unhonoured(backend.capabilities, self.config.lora))
         if command:
@@ -246,11 +249,12 @@ class Trainer:
     def _steps(self, session: TrainingSession, batches: Batches, total: int) -> Iterator[_Pending]:
         """Submits step after step, at most AHEAD before the first unread one; yields them in order."""
         accumulate = self.config.accumulate
+        submit = self._passes(session)
         window: deque[_Pending] = deque()
         for step in range(self._step, total):
             slices = normalise([batches.at(step * accumulate + i) for i in range(accumulate)])
             lr = learning_rate(self.config, step, total)
-            outputs = tuple(session.forward_backward(batch, self.loss) for batch in slices)
+            outputs = tuple(submit(batch, self.loss) for batch in slices)
             optim = session.optim_step(dataclasses.replace(self.config.adam, lr=lr), self.hook)
             window.append(_Pending(step + 1, slices, outputs, optim, lr))
             if self._is_boundary(step + 1) or len(window) > AHEAD:
@@ -258,6 +262,14 @@ class Trainer:
             if self._stop:
                 break
         yield from self._drain(window, keep=0)
+
+    def _passes(self, session: TrainingSession) -> Callable[[Batch, Loss], Future[StepOutput]]:
+        if not self.config.example_norms:
+            return session.forward_backward
+        if isinstance(session, ExampleSession):
+            return session.forward_backward_examples
+        name = self.backend.capabilities.name
+        raise CapabilityError(f"The backend {name!r} does not tell gradient norms of single examples. Use the local backend, or leave example_norms out.")
 
     @staticmethod
     def _drain(window: deque[_Pending], keep: int) -> Iterator[_Pending]:
@@ -301,6 +313,7 @@ class Trainer:
         for name in outputs[0].metrics:
             row[f"train/{name}"] = sum(output.metrics.get(name, 0.0) * output.weight for output in outputs) / weight
         row |= {f"grad/{name}" if "/" not in name else name: value for name, value in optim.metrics.items()}
+        row |= example_metrics([(batch.ids, output.example_norms) for batch, output in zip(pending.slices, outputs, strict=True)])
         events.emit("training.step", step=pending.step, loss=row["train/loss"], grad_norm=optim.grad_norm, lr=pending.lr, tokens=tokens)
         return row, tokens
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import ConfigError
 from .attention import SHORT, Attention, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
-from .lora import LoraLinear, Mixed, Slot
+from .lora import Active, LoraLinear, Mixed, Slot
 from .walks import Span, Walks
 
 if TYPE_CHECKING:
@@ -288,6 +288,7 @@ class Decoder:
             groups = ((active, 0, tokens),)
         if not found:
             return cast("Tensor", LoraMatmul.apply(x, residual, step)) if x.requires_grad else _plain(step, x, residual, None)  # type: ignore[no-untyped-call]
+        step.note = active.note.add if isinstance(active, Active) and active.note is not None else None
         step.parts = [Part(low, high, scale) for low, high, (_, _, scale) in found]
         drops = [(slice(low, high), one.drop(seed, joint.rows[0][0])) for (one, low, high), seed in zip(groups, seeds, strict=False) if one is not None]
         step.drops = [(rows_of, drop) for rows_of, drop in drops if drop is not None]

@@ -85,24 +85,27 @@ class _Work:
         return inputs
 
 
-def _prepare(base: Base, batch: Batch, loss: Loss) -> _Work:
+def _prepare(base: Base, batch: Batch, loss: Loss, *, apart: bool = False) -> _Work:
     rows = positions(loss, batch.data, base.vocab_size)
     for datum in batch.data:
         check_tokens(base, datum.tokens, f"Datum {datum.id!r}", "Shorten it or lower max_length.")
-    live = [i for i, used in enumerate(rows) if len(used)]
+    live, layout = [i for i, used in enumerate(rows) if len(used)], base.layout
+    layout["share"] = layout["share"] and not apart
     passes = [
-        replace(found, members=tuple(live[place] for place in found.members))
-        for found in lay_out([batch.data[i].tokens for i in live], base.device, **base.layout)
+        replace(found, members=tuple(live[place] for place in found.members)) for found in lay_out([batch.data[i].tokens for i in live], base.device, **layout)
     ]
     return _Work(base, batch.data, rows, passes, loss.needs == "logits")
 
 
-def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor], adapter: Mapping[str, Tensor], *, again: bool) -> dict[str, Tensor]:
+def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor], active: Active, *, again: bool) -> dict[str, Tensor]:
     """The gradient per adapter tensor; with `again`, each pass goes through the model once more."""
+    adapter = active.adapter
     total = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in adapter.items()}
     for one in work.passes:
         outputs = work.run(one) if again else values
         weights = [upstream[i][work.index(i)] for i in one.members]
+        if active.note is not None:
+            active.note.begin(one.members, one.where, one.tokens, [len(work.rows[i]) for i in one.members])
         found = torch.autograd.grad([outputs[i] for i in one.members], list(adapter.values()), weights, allow_unused=True)
         for name, gradient in zip(adapter, found, strict=True):
             if gradient is not None:
@@ -111,7 +114,7 @@ def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor
 
 
 def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: bool) -> tuple[StepOutput, dict[str, Tensor]]:
-    """The loss of a batch and, with `train`, its gradient per adapter tensor.
+    """The loss of a batch and, with `train`, its gradient per adapter tensor; where `active.note` is there, it gets each example's norm.
 
     Log-probs are computed where any weight of a position is not zero, and are 0 elsewhere, for the loss function too; a loss that needs
     logits, or a batch whose weights are all zero, computes every position.
@@ -121,7 +124,7 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
         NumericError: the loss or a gradient is NaN or infinite.
         BackendError: the loss function gave no scalar, or one that does not depend on its input.
     """
-    work = _prepare(base, batch, loss)
+    work = _prepare(base, batch, loss, apart=active.note is not None)  # a token that examples share has no gradient of one of them
     if train:
         active = replace(active, adapter={name: tensor.detach().requires_grad_() for name, tensor in active.adapter.items()})
     generator = active.generator
@@ -139,7 +142,7 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
             if again and generator is not None and before is not None:
                 generator.set_state(before)  # the second pass draws the masks of the first
             with torch.enable_grad():
-                gradients = _gradients(work, values, applied.gradients, active.adapter, again=again)
+                gradients = _gradients(work, values, applied.gradients, active, again=again)
     _refuse_not_finite(gradients, batch)
     if work.logits:
         inputs = [target_logprobs(logits, work.targets(i)) for i, logits in enumerate(inputs)]
@@ -162,9 +165,16 @@ class Asked:
 
 
 def few(base: Base, asked: Asked) -> bool:
-    """Whether the batch may share a pass: it is small, goes through our own decoder, and needs one log-prob per position of the base's own head."""
+    """Whether the batch may share a pass: it is small, goes through our own decoder, needs one log-prob per position of the base's own head, and no
+    terms on parameters or norms of examples."""
     small = base.decoder is not None and 0 < asked.batch.tokens <= FEW and base.head not in asked.active.pairs
-    return small and asked.loss.needs == "logprobs" and all(datum.targets.ndim == 1 for datum in asked.batch.data)
+    return (
+        small
+        and asked.loss.needs == "logprobs"
+        and asked.active.note is None
+        and not asked.loss.penalties
+        and all(datum.targets.ndim == 1 for datum in asked.batch.data)
+    )
 
 
 def evaluate_together(base: Base, asked: Sequence[Asked]) -> list[tuple[StepOutput, dict[str, Tensor]] | Exception]:

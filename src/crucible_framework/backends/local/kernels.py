@@ -110,6 +110,7 @@ class Matmul:
         norm: weight of the norm before the matrix.
         eps: of the norm.
         gated: the input is [T, 2 · in] and goes through a gate first.
+        note: told, in the backward pass, the two matrices whose product is a gradient of the adapter's, and a factor.
     """
 
     frozen: Frozen
@@ -119,6 +120,7 @@ class Matmul:
     norm: Tensor | None = None
     eps: float = 0.0
     gated: bool = False
+    note: Callable[[Tensor, Tensor, float], None] | None = None
 
     def enter(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the matrix reads, and 1 / rms where there is a norm."""
@@ -210,8 +212,13 @@ def _pair_gradients(step: Matmul, x: Tensor, g: Tensor, *, pairs: Sequence[Tenso
         mine = g[:, part.low : part.high]
         inner.append((mine @ b).mul_(part.scale))
         second.append(mine.t() @ a if isinstance(part.scale, Tensor) else (mine.t() @ a).mul_(part.scale))
+        if step.note is not None:
+            step.note(mine, a, 1.0 if isinstance(part.scale, Tensor) else part.scale)
     joined = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
-    first = torch.split(joined.t() @ step.dropped(x), [d.shape[1] for d in inner])
+    dropped = step.dropped(x)
+    first = torch.split(joined.t() @ dropped, [d.shape[1] for d in inner])
+    if step.note is not None:
+        step.note(joined, dropped, 1.0)
     if dx is not None and not step.drops:
         dx.addmm_(joined, _stacked(pairs))
     elif dx is not None:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ...errors import UnknownNameError
 from ...records import LoraConfig
+from .examplewise import ExampleNorms
 from .walks import STEPS, Drop
 
 __all__ = ["Active", "Adapter", "LoraLinear", "Mixed", "Slot", "init_adapter", "install", "layer_names", "tensor_shapes"]
@@ -58,6 +59,7 @@ class Active:
         scale: alpha / rank.
         dropout: probability with which an input of the adapter is zeroed, to 1 / 65,536; layers that read the same input share a mask.
         generator: draws the seed of every pass; None: no dropout.
+        note: collects the gradient norm of each example in a backward pass.
         serial: another number for every one.
     """
 
@@ -65,6 +67,7 @@ class Active:
     scale: float
     dropout: float = 0.0
     generator: torch.Generator | None = None
+    note: ExampleNorms | None = None
     pairs: dict[str, tuple[Tensor, Tensor]] = field(init=False)
     serial: int = field(default_factory=itertools.count(1).__next__, init=False)
     _seed: int = field(default=0, init=False)
@@ -213,7 +216,18 @@ class LoraLinear(nn.Module):
         if active.drops:
             drop = active.drop(active.seed_of(self.name), self.name)
             inputs = inputs if drop is None else inputs * (drop.kept(tuple(x.shape), x.device) * active.raise_by)
-        return (result + functional.linear(functional.linear(inputs, pair[0]), pair[1]) * active.scale).to(result.dtype)
+        ranks = functional.linear(inputs, pair[0])
+        added = functional.linear(ranks, pair[1]) * active.scale
+        if (note := active.note) is not None and added.requires_grad:
+            head, rows, shrunk = x.ndim == 2, inputs.detach().flatten(0, -2), ranks.detach().flatten(0, -2)
+
+            def tell(gradient: Tensor) -> None:
+                g = gradient.flatten(0, -2) * active.scale
+                note.add(g, shrunk, head=head)
+                note.add(g @ pair[1], rows, head=head)
+
+            added.register_hook(tell)  # type: ignore[no-untyped-call]
+        return (result + added).to(result.dtype)
 
 
 def install(model: nn.Module) -> tuple[Slot, dict[str, tuple[int, int]]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Literal, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -16,11 +18,13 @@ from torch import Tensor
 
 from ... import events
 from ...errors import BackendError, ConfigError, NumericError, SessionClosedError
-from ...protocols import GradientHook, Loss
+from ...losses.penalties import penalise
+from ...protocols import GradientHook, Gradients, Loss
 from ...records import AdamConfig, Batch, Checkpoint, LoraConfig, OptimOutput, StepOutput
 from .adapters import Snapshot
 from .bases import Base
 from .engine import evaluate
+from .examplewise import ExampleNorms
 from .lora import Active
 from .optim import AdamState, adamw, first_not_finite, global_norm
 from .sampling import Frozen, LocalSampler
@@ -89,6 +93,14 @@ class LocalSession:
         """
         return self._submit(self._forward_backward, batch, loss)
 
+    def forward_backward_examples(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
+        """As `forward_backward`, with the exact L2 norm of each example's own gradient in `StepOutput.example_norms`.
+
+        The norm is of what flows through the example's own log-probs, weights included: the gradient of the example alone, where the loss sums over
+        examples that do not see each other. Common starts of examples are not shared in such a pass.
+        """
+        return self._submit(self._forward_backward, batch, loss, norms=True)
+
     def forward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
         """The same numbers without dropout, gradient or change of state."""
         return self._submit(self._forward, batch, loss)
@@ -132,12 +144,15 @@ class LocalSession:
         with events.span("training.forward", examples=len(batch.data), tokens=batch.tokens):
             return evaluate(self.base, batch, loss, Active(self._adapter, self._scale), train=False)[0]
 
-    def _forward_backward(self, batch: Batch, loss: Loss) -> StepOutput:
+    def _forward_backward(self, batch: Batch, loss: Loss, *, norms: bool = False) -> StepOutput:
         with events.span("training.forward_backward", examples=len(batch.data), tokens=batch.tokens) as span:
             before = self._generator.get_state()
             try:
-                active = Active(self._adapter, self._scale, self.lora.dropout, self._generator)
+                note = ExampleNorms(len(batch.data)) if norms else None
+                active = Active(self._adapter, self._scale, self.lora.dropout, self._generator, note)
                 output, gradients = evaluate(self.base, batch, loss, active, train=True)
+                if loss.penalties:
+                    output, gradients = penalise(loss, output, gradients, self._adapter, partial(self._slope, batch, loss, before))
                 if self._gradients:
                     gradients = {name: self._gradients[name] + gradient for name, gradient in gradients.items()}
             except Exception as error:
@@ -146,7 +161,16 @@ class LocalSession:
                 raise
             self._gradients = gradients
             span.set(loss=output.loss)
-            return output
+            return output if note is None else replace(output, example_norms=note.norms())
+
+    def _slope(self, batch: Batch, loss: Loss, start: Tensor, adapter: Gradients) -> dict[str, Tensor]:
+        """The gradient at other values of the adapter, with the masks that a pass draws from the generator's state `start`."""
+        now = self._generator.get_state()
+        self._generator.set_state(start)
+        try:
+            return evaluate(self.base, batch, loss, Active(adapter, self._scale, self.lora.dropout, self._generator), train=True)[1]
+        finally:
+            self._generator.set_state(now)
 
     def _optim_step(self, adam: AdamConfig, hook: GradientHook | None) -> OptimOutput:
         with events.span("training.optim_step", lr=adam.lr) as span:

@@ -126,6 +126,9 @@ class TinkerSession:
         self._check_open()
         if loss.needs == "logits":
             raise CapabilityError(f"The loss {loss.name!r} needs logits; a Tinker service gives log-probs. Use the local backend, or another loss.")
+        if loss.penalties:
+            names = ", ".join(penalty.name for penalty in loss.penalties)
+            raise CapabilityError(f"The loss {loss.name!r} has terms on parameters ({names}), which a Tinker service does not show. Use the local backend.")
 
     def forward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
         """The loss's numbers; nothing changes."""
