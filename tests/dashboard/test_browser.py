@@ -19,7 +19,7 @@ from crucible_framework.files import JsonLines
 from crucible_framework.store import open_run
 
 from .asked import ask_everything
-from .conftest import build_run
+from .conftest import build_run, build_study
 from .payloads import PAYLOADS
 
 if TYPE_CHECKING:
@@ -98,11 +98,17 @@ def test_no_text_of_a_run_is_executed(page: Page, tmp_path: Path, stack: context
         metrics.append({"step": 8, text: 2.0})
         log.append({"ts": 1.0, "name": text, "run": "", "span": "", "parent": "", "text": text})
     build_run(tmp_path / "<img src=x onerror=window.pwned=1>", steps=6, text=PAYLOADS[13])
+    ask_everything(tmp_path / "events.jsonl", questions=PAYLOADS, text=PAYLOADS[14])
+    build_study(tmp_path / "study", name=PAYLOADS[2], because=PAYLOADS[15])
     with Dashboard(tmp_path, every_s=0.05) as dashboard:
         for path in (
             "",
             "runs/all",
             "runs/all/trace",
+            "studies",
+            "studies/study",
+            "ensembles",
+            "requests",
             "compare?run=all&metric=" + quote(PAYLOADS[2], safe=""),
             "runs/" + quote("<img src=x onerror=window.pwned=1>"),
         ):
