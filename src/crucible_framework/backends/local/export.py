@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ... import events, files
 from ...config import places
