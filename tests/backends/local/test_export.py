@@ -22,7 +22,7 @@ from .models_for_tests import CE, VOCAB, batch, make_qwen, save_model
 
 PROMPT = (5, 99, 17, 200, 42, 7)
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0)
-SHORT = 8
+SHORT = 3
 """Tokens that are compared with llama.cpp, whose kernels differ in the last bits: random weights come to near ties later on."""
 
 
