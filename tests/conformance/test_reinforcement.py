@@ -25,7 +25,7 @@ def ends(rows: list[Row]) -> list[float]:
     return [row["env/all/format"] for row in rows]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_arithmetic(cookbook: Cookbook, figures: Figures) -> None:
     """The built-in model, which says random bytes, learns with the recipe's default loss to end its turn."""
     rows = sums(cookbook, figures, TINY, "sums", "groups_per_batch=16", "max_tokens=32", "learning_rate=1e-2", "max_steps=10")
@@ -36,7 +36,7 @@ def test_arithmetic(cookbook: Cookbook, figures: Figures) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "mode", ["max_steps_off_policy=1", "stream_minibatch_config.groups_per_batch=16 stream_minibatch_config.num_minibatches=2", "num_substeps=2"]
 )

@@ -22,7 +22,7 @@ def learns_and_resumes(cookbook: Cookbook, model: str, rate: float, lesson: Less
         assert [row[name] for row in parts] == [row[name] for row in lesson.rows], name
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_chat_sft(cookbook: Cookbook, figures: Figures) -> None:
     start = cookbook.fresh(TINY)
     learns_and_resumes(cookbook, TINY, 1e-2, Lesson(start, cookbook.chat(TINY, "tiny", start, 1e-2, 2)), figures)
