@@ -28,6 +28,8 @@ from .steps import Chunk, by_adapter
 
 __all__ = ["NativeSteps"]
 
+_THREADS = 16
+"""Threads of a step at the most: a small model's matrices come in some thirty pieces, and all threads meet a dozen times per layer."""
 _KINDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _P = ctypes.c_void_p
 _I = ctypes.c_int32
@@ -78,7 +80,7 @@ class NativeSteps:
     Args:
         base: a model that `of` found covered.
         lib: the compiled functions.
-        threads: that work on a step.
+        threads: that work on a step, as far as that helps.
         int8: whether the matrices are rounded to int8 with one scale per output.
     """
 
@@ -121,7 +123,7 @@ class NativeSteps:
         self._cos, self._sin = torch.empty(0), torch.empty(0)
         self._logits = torch.empty((0, parts.head.weight.shape[0]))
         lib.crucible_open.restype = _P
-        self._engine = _P(lib.crucible_open(ctypes.byref(self._model), threads))
+        self._engine = _P(lib.crucible_open(ctypes.byref(self._model), min(threads, _THREADS)))
         weakref.finalize(self, lib.crucible_close, self._engine)
 
     @classmethod
