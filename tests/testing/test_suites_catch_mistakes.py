@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crucible_framework.backends import fake
+from crucible_framework.backends import bigram, fake
 from crucible_framework.losses import resolve
 from crucible_framework.losses.tokenwise import cross_entropy
 from crucible_framework.protocols import Loss
@@ -140,7 +140,9 @@ def forget_passes(patch: pytest.MonkeyPatch) -> None:
 
 def drop_in_forward(patch: pytest.MonkeyPatch) -> None:
     real = fake.FakeSession._run
-    patch.setattr(fake.FakeSession, "_run", lambda self, batch, loss, tensors, dropout=None: real(self, batch, loss, tensors, fake._generator(id(object()))))
+    patch.setattr(
+        fake.FakeSession, "_run", lambda self, batch, loss, tensors, dropout=None: real(self, batch, loss, tensors, bigram.generator_of(id(object())))
+    )
 
 
 def late_snapshot(patch: pytest.MonkeyPatch) -> None:
@@ -175,7 +177,8 @@ def ignore_seed(patch: pytest.MonkeyPatch) -> None:
 
 
 def seed_of_torch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(fake, "_generator", lambda *_: torch.default_generator)
+    for module in (fake, bigram):
+        patch.setattr(module, "generator_of", lambda *_: torch.default_generator)
 
 
 ADAM = AdamConfig(lr=0.01)

@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -22,7 +21,6 @@ from typing import Literal, ParamSpec, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -35,70 +33,15 @@ from ..losses.apply import apply_loss, positions, some, spread, step_output, tar
 from ..losses.penalties import penalise
 from ..protocols import GradientHook, Gradients, Loss, Tokenizer
 from ..records import AdamConfig, Batch, Capabilities, Checkpoint, Completion, LoraConfig, OptimOutput, Prompt, SamplingParams, StepOutput
+from .bigram import FIRST, SECOND, Bigram, Tensors, Tokens, adapted, generator_of
 
 __all__ = ["FakeBackend", "FakeSampler", "FakeSession"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
-Tensors = dict[str, Tensor]
-Tokens: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 Logits: TypeAlias = Callable[[Tokens], Tensor]
 MODELS = ("fake", "tiny")
-LAYERS = ("embed_proj", "q_proj", "v_proj")
-WIDTH = 64
-PREFIX, FIRST, SECOND = "base_model.model.", "exp_avg.", "exp_avg_sq."
 ADAPTER, CONFIG, OPTIMIZER, STATE = "adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"
-
-
-def _generator(*parts: int) -> torch.Generator:
-    """Draws that each of several numbers changes."""
-    seed = np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint32)[0]
-    return torch.Generator().manual_seed(int(seed))
-
-
-class _Base:
-    """The frozen part of a base model: features [V, WIDTH] of each token, and one matrix [V, WIDTH] per layer, which are summed."""
-
-    def __init__(self, name: str, vocab: int) -> None:
-        generator = _generator(zlib.crc32(name.encode()))
-        self.name, self.vocab = name, vocab
-        self.features = torch.randn(vocab, WIDTH, generator=generator)
-        self.head = torch.stack([torch.randn(vocab, WIDTH, generator=generator) / WIDTH for _ in LAYERS]).sum(0)
-
-    def logits(self, tensors: Tensors, lora: LoraConfig | None, tokens: Tokens, dropout: torch.Generator | None = None) -> Tensor:
-        """[T, V] for tokens [T]; `dropout` draws the masks, None switches dropout off."""
-        x = self.features[torch.tensor(tokens, dtype=torch.int64)]
-        total = x @ self.head.T
-        if lora is None:
-            return total
-        for layer in _adapted(lora):
-            seen = x
-            if dropout is not None and lora.dropout > 0:
-                seen = x * (torch.rand(x.shape, generator=dropout) >= lora.dropout) / (1 - lora.dropout)
-            a, b = (tensors[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
-            total = total + (seen @ a.T) @ b.T * (lora.alpha / lora.rank)
-        return total
-
-    def shapes(self, lora: LoraConfig) -> dict[str, tuple[int, int]]:
-        """The adapter's tensors: A [r, WIDTH] and B [V, r] of each adapted layer."""
-        pairs = ((layer, part) for layer in _adapted(lora) for part in "AB")
-        return {f"{PREFIX}{layer}.lora_{part}.weight": (lora.rank, WIDTH) if part == "A" else (self.vocab, lora.rank) for layer, part in pairs}
-
-    def fresh(self, lora: LoraConfig) -> Tensors:
-        """A uniform in ±1/√WIDTH from the seed, B zero (so the adapter starts as the base model), and zero moments."""
-        generator, shapes = _generator(lora.seed), self.shapes(lora)
-        tensors = {prefix + name: torch.zeros(shape) for prefix in ("", FIRST, SECOND) for name, shape in shapes.items()}
-        for name in shapes:
-            if ".lora_A." in name:
-                tensors[name].uniform_(-1 / math.sqrt(WIDTH), 1 / math.sqrt(WIDTH), generator=generator)
-        return tensors
-
-
-def _adapted(lora: LoraConfig) -> tuple[str, ...]:
-    chosen = set(LAYERS if lora.target_modules == ("all-linear",) else lora.target_modules)
-    if unknown := sorted(chosen.difference(LAYERS)):
-        raise UnknownNameError("target module", unknown[0], (*LAYERS, "all-linear"))
-    return tuple(layer for layer in LAYERS if layer in chosen)
 
 
 def _adamw(adam: AdamConfig, step: int, name: str, gradient: Tensor, old: Tensors) -> Tensors:
@@ -132,7 +75,7 @@ class FakeSession:
     Tensors are replaced and never written to, so that a snapshot is a reference. A gradient that no step has used is not in a checkpoint.
     """
 
-    def __init__(self, backend: FakeBackend, base: _Base, lora: LoraConfig, tensors: Tensors, counts: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, backend: FakeBackend, base: Bigram, lora: LoraConfig, tensors: Tensors, counts: tuple[int, int] = (0, 0)) -> None:
         self._backend, self._base, self._lora, self._tensors, self._number = backend, base, lora, tensors, next(backend.numbers)
         self._step, self._passes = counts
         self._gradients: Tensors = {}
@@ -196,7 +139,7 @@ class FakeSession:
                 adapter = {name: self._tensors[name] for name in self._base.shapes(self._lora)}
 
                 def at(values: Gradients) -> tuple[StepOutput, Tensors]:
-                    return self._run(batch, loss, values, _generator(self._lora.seed, self._passes + 1))
+                    return self._run(batch, loss, values, generator_of(self._lora.seed, self._passes + 1))
 
                 output, gradients = penalise(loss, *at(adapter), adapter, lambda values: at(values)[1])
                 _check_finite(gradients, "gradient", batch.ids)
@@ -232,7 +175,7 @@ class FakeSession:
             raise ConfigError(f"A checkpoint cannot be called {name!r} with kind {kind!r}; expected a name and 'state' or 'sampler'.")
         lora, names = self._lora, self._base.shapes(self._lora)
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": self._base.name, "bias": "none", "r": lora.rank}
-        config |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": list(_adapted(lora))}
+        config |= {"lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "target_modules": list(adapted(lora))}
         blobs = {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), ADAPTER: save({key: self._tensors[key] for key in names})}
         if kind == "state":
             blobs[OPTIMIZER] = save({key: tensor for key, tensor in self._tensors.items() if key not in names})
@@ -280,7 +223,7 @@ class FakeSampler:
     def _sample(self, prompt: Prompt, params: SamplingParams, n: int, seed: tuple[int, int]) -> tuple[Completion, ...]:
         with events.span("inference.sample", model=self.model, n=n) as span:
             ids = render_prompt(prompt, self._backend.bytes)
-            done = tuple(self._one(ids, params, _generator(*seed, index)) for index in range(n))
+            done = tuple(self._one(ids, params, generator_of(*seed, index)) for index in range(n))
             span.set(prompt_tokens=len(ids), completion_tokens=sum(len(completion.tokens) for completion in done))
             return done
 
@@ -326,7 +269,7 @@ class FakeBackend:
         self._queue = ThreadPoolExecutor(max_workers=1, thread_name_prefix="crucible-fake")
         self.numbers = itertools.count(1)  # of sessions, saves and unseeded draws
         self.bytes = ByteTokenizer()
-        self._bases = {name: _Base(name, self.bytes.vocab_size) for name in MODELS}
+        self._bases = {name: Bigram(name, self.bytes.vocab_size) for name in MODELS}
         self.saved: dict[str, dict[str, bytes]] = {}
 
     def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -340,7 +283,7 @@ class FakeBackend:
 
         return self._queue.submit(request)
 
-    def base(self, base_model: str) -> _Base:
+    def base(self, base_model: str) -> Bigram:
         """The frozen weights; UnknownNameError where there is no such base model."""
         if base_model not in self._bases:
             raise UnknownNameError("base model", base_model, MODELS)

@@ -120,17 +120,16 @@ def _watched(view: RunPage) -> Markup:
     return part("watched", note, element("div", {"class": "plots"}, *cards), title="Samples as training goes")
 
 
-def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool) -> str:
-    """The whole page; `cursor` and `parts` are where its live updates begin."""
+def _head(view: RunPage, document: Document, *, report: bool) -> Markup:
+    """The run's name, verdict, facts and links."""
     name = view.info.name
-    document = build(view.files)
     facts = [(fact.label, fact.value, fact.detail) for fact in document.facts]
     cells = (element("div", None, element("dt", None, a), element("dd", None, b), element("dd", {"class": "detail"}, c)) for a, b, c in facts)
     notices = (*document.notices, *(p for p in view.problems if p not in document.notices), *((view.info.error,) if view.info.error else ()))
     links = [link("Trace", url("runs", name, "trace")), link("Metrics (CSV)", url("runs", name, "metrics.csv"), download=f"{name}.csv")]
     if report:
         links.append(link("Report", url("runs", name, "report.html")))
-    head = part(
+    return part(
         "head",
         element("p", {"class": "kicker"}, link("Runs", "/"), " / "),
         element("h1", None, name, " ", status(view.info.status)),
@@ -140,56 +139,39 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
         element("p", {"class": "links"}, *links),
         *([element("aside", {"class": "notices"}, element("ul", None, *(element("li", None, one) for one in notices)))] if notices else ()),
     )
-    own = [("layers", "Gradient health", view.layers or view.issues), ("watched", "Samples as training goes", view.watched)]
-    shown = [
-        ("curves", "Curves"),
-        *((key, text) for key, text, there in own if there),
-        *((one.key, one.title) for one in _sections(document)),
-        ("events", "Events"),
-    ]
-    contents = element("nav", {"class": "contents", "aria-label": "Contents"}, element("ul", None, *(element("li", None, link(b, f"#{a}")) for a, b in shown)))
+
+
+def _curves(view: RunPage) -> Markup:
+    """The plots with what steers them."""
     slider = field({"type": "range", "min": "0", "max": "0.99", "step": "0.01", "value": "0.9", "id": "smoothing", "aria-label": "Smoothing"})
-    controls = element(
-        "div",
-        {"class": "tools"},
-        element("label", None, "Smoothing ", slider),
-        element("span", {"class": "soft small"}, "drag to zoom, double-click or Esc to reset, ← → to read values"),
-    )
-    plots = element("div", {"class": "plots", "id": "plots"}, *(_plot(name, one) for one in view.charts))
-    curves = element(
-        "section",
-        {"id": "curves", "aria-labelledby": "curves-heading"},
-        element("h2", {"id": "curves-heading"}, "Curves"),
-        controls if view.charts else join(),
-        plots,
-    )
-    layers = _layers(view)
-    empty = element("p", {"class": "note"}, "No metrics yet: they appear with the first step.") if not view.charts else join()
+    hint = element("span", {"class": "soft small"}, "drag to zoom, double-click or Esc to reset, ← → to read values")
+    controls = element("div", {"class": "tools"}, element("label", None, "Smoothing ", slider), hint)
+    plots = element("div", {"class": "plots", "id": "plots"}, *(_plot(view.info.name, one) for one in view.charts))
+    heading = element("h2", {"id": "curves-heading"}, "Curves")
+    return element("section", {"id": "curves", "aria-labelledby": "curves-heading"}, heading, controls if view.charts else join(), plots)
+
+
+def _log(events: Sequence[Mapping[str, Json]]) -> Markup:
+    """The last events."""
+    rows = element("table", None, element("tbody", {"id": "log"}, *event_rows(events)))
+    search = field({"type": "search", "id": "event-filter", "placeholder": "Filter events", "aria-label": "Filter events"})
+    scroll = element("div", {"class": "scroll log", "role": "region", "aria-label": "Events", "tabindex": "0"}, rows)
+    return element("section", {"id": "events", "aria-labelledby": "events-heading"}, element("h2", {"id": "events-heading"}, "Events"), search, scroll)
+
+
+def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool) -> str:
+    """The whole page; `cursor` and `parts` are where its live updates begin."""
+    name, document = view.info.name, build(view.files)
     kept = _sections(document)
+    own = [("layers", "Gradient health", view.layers or view.issues), ("watched", "Samples as training goes", view.watched)]
+    shown = [("curves", "Curves"), *((key, text) for key, text, there in own if there), *((one.key, one.title) for one in kept), ("events", "Events")]
+    contents = element("nav", {"class": "contents", "aria-label": "Contents"}, element("ul", None, *(element("li", None, link(b, f"#{a}")) for a, b in shown)))
+    empty = element("p", {"class": "note"}, "No metrics yet: they appear with the first step.") if not view.charts else join()
     sections = [element("div", {"data-part": f"part-{one.key}"}, section(one, ("runs", name))) for one in kept]
-    log = element(
-        "section",
-        {"id": "events", "aria-labelledby": "events-heading"},
-        element("h2", {"id": "events-heading"}, "Events"),
-        field({"type": "search", "id": "event-filter", "placeholder": "Filter events", "aria-label": "Filter events"}),
-        element(
-            "div",
-            {"class": "scroll log", "role": "region", "aria-label": "Events", "tabindex": "0"},
-            element("table", None, element("tbody", {"id": "log"}, *event_rows(events))),
-        ),
-    )
+    about = {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts}
     body = element(
-        "div",
-        {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts},
-        head,
-        contents,
-        curves,
-        empty,
-        layers,
-        _watched(view),
-        *sections,
-        log,
-    )
+        "div", about, _head(view, document, report=report), contents, _curves(view), empty, _layers(view), _watched(view), *sections, _log(events)
+    )  # fmt: skip
     return page(name, body, tab="/", script="run.js", tabs=tabs)
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -20,10 +20,26 @@ from .playground import Playground
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import Route
 
 __all__ = ["beside", "build", "make_app"]
 
 _MOST_STREAMS = 64
+
+
+def _route(path: str, make: Callable[[Request], object], kind: str, headers: Mapping[str, str]) -> Route:
+    """A page or data that `make` gives, in a thread."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    async def answer(request: Request) -> Response:
+        made = await run_in_threadpool(make, request)
+        body, media = made if isinstance(made, tuple) else (made, kind)
+        data = body if isinstance(body, (str, bytes)) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SERIALIZE_DATACLASS)
+        return Response(data, media_type=media, headers={key.replace("_", "-"): value for key, value in headers.items()})
+
+    return Route(path, answer)
 
 
 def _routes(pages: Pages) -> list[object]:
@@ -32,13 +48,7 @@ def _routes(pages: Pages) -> list[object]:
     from starlette.routing import Route
 
     def route(path: str, make: Callable[[Request], object], kind: str = "text/html", **headers: str) -> Route:
-        async def answer(request: Request) -> Response:
-            made = await run_in_threadpool(make, request)
-            body, media = made if isinstance(made, tuple) else (made, kind)
-            data = body if isinstance(body, (str, bytes)) else orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_SERIALIZE_DATACLASS)
-            return Response(data, media_type=media, headers={key.replace("_", "-"): value for key, value in headers.items()})
-
-        return Route(path, answer)
+        return _route(path, make, kind, headers)
 
     def stream(path: str, make: Callable[[Request], AsyncIterator[bytes]]) -> Route:
         async def answer(request: Request) -> Response:

@@ -255,6 +255,16 @@ def _pool(executor: str, jobs: int, together: int, runner: _Runner) -> Pool:
     return Workers(jobs, threads, runner.folder / "workers.log", together) if jobs else InProcess(runner.heard)
 
 
+def _prepare(experiment: Experiment, folder: Path, *, resume: bool) -> None:
+    """The folder takes the plan, loses what a killed run left half written, and says what was found and where it runs."""
+    claim(folder, full_plan(experiment), resume=resume)
+    for place in (folder, folder / CELLS, folder / BASES):
+        files.sweep(place)
+    note_leaks(experiment, folder)
+    if not (folder / "environment.json").exists():
+        files.write_json(folder / "environment.json", describe_environment())
+
+
 def run(
     experiment: Experiment,
     folder: str | Path,
@@ -292,18 +302,11 @@ def run(
         `experiment.started`, with a budget `experiment.estimated`, `experiment.cell` for each that ends, `experiment.done`.
     """
     if jobs < 0 or together < 1 or (together > 1 and not jobs) or executor not in ("local", "ray"):
-        raise ConfigError(
-            f"jobs is {jobs!r}, together {together!r} and executor {executor!r}; expected at least 0 jobs (1 with together), at least 1 together, "
-            "and 'local' or 'ray'."
-        )
+        given = f"jobs is {jobs!r}, together {together!r} and executor {executor!r}"
+        raise ConfigError(f"{given}; expected at least 0 jobs (1 with together), at least 1 together, and 'local' or 'ray'.")
     folder = Path(folder)
     with files.lock(folder / LOCK, "study"):
-        claim(folder, full_plan(experiment), resume=resume)
-        for place in (folder, folder / CELLS, folder / BASES):
-            files.sweep(place)
-        note_leaks(experiment, folder)
-        if not (folder / "environment.json").exists():
-            files.write_json(folder / "environment.json", describe_environment())
+        _prepare(experiment, folder, resume=resume)
         pending, done = _pending(experiment, folder, experiment.seeds, retry_failed=retry_failed)
         events.emit("experiment.started", experiment=experiment.name, cells=len(pending) + done, pending=len(pending))
         runner = _Runner(experiment, folder, len(pending), done, progress)

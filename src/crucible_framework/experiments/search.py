@@ -110,10 +110,9 @@ def search(
     Emits:
         `experiment.searched` with trials, best and loss, and the events of every trial.
     """
-    if experiment.matrix or experiment.conditions or experiment.hypotheses or experiment.stopping or not space or trials < 1:
-        raise ConfigError("A search takes an experiment without matrix, conditions, hypotheses and stopping, a space and at least 1 trial.")
-    if any(plan.dev is None for plan in experiment.data) or not experiment.train.eval_interval:
-        raise ConfigError("A search chooses by the loss on held-out data; expected data.dev and train.eval_interval to be set.")
+    if not space or trials < 1:
+        raise ConfigError(f"A search over {len(space)} settings in {trials} trials; expected at least one of each.")
+    _check(experiment)
     optuna, folder = _optuna(), Path(folder)
     names = {key: _distribution(kind) for key, kind in space.items()}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -142,6 +141,14 @@ def search(
     best = min(well, key=lambda trial: (cast("float", trial.loss), trial.number))
     events.emit("experiment.searched", experiment=experiment.name, trials=trials, best=best.number, loss=best.loss)
     return Found(best=best, trials=tuple(found), folder=folder)
+
+
+def _check(experiment: Experiment) -> None:
+    """Raises ConfigError where an experiment cannot be searched."""
+    if experiment.matrix or experiment.conditions or experiment.hypotheses or experiment.stopping:
+        raise ConfigError("A search takes an experiment without matrix, conditions, hypotheses and stopping.")
+    if any(plan.dev is None for plan in experiment.data) or not experiment.train.eval_interval:
+        raise ConfigError("A search chooses by the loss on held-out data; expected data.dev and train.eval_interval to be set.")
 
 
 def _distribution(kind: Range | tuple[Json, ...]) -> object:

@@ -124,6 +124,14 @@ def _terms(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) -
     return terms
 
 
+def _norm(value: Tensor, inputs: Sequence[Tensor]) -> float:
+    """The L2 norm of a value's gradient with respect to its inputs."""
+    import torch
+
+    found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+    return math.hypot(*(float(part.norm()) for part in found if part is not None))
+
+
 @overload
 def combine(weights: Mapping[str, float]) -> Loss: ...
 @overload
@@ -170,9 +178,7 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
             if factor:
                 parts.append(factor * value.reshape(()))
             if torch.is_grad_enabled() and value.requires_grad:
-                found = torch.autograd.grad(value.reshape(()), inputs, retain_graph=True, allow_unused=True)
-                norm = math.hypot(*(float(part.norm()) for part in found if part is not None))
-                metrics[f"grad_norm/{term.name}"] = norm / abs(total)
+                metrics[f"grad_norm/{term.name}"] = _norm(value.reshape(()), inputs) / abs(total)
         return torch.stack(parts or [logp[:0].sum() for logp in logprobs]).sum(), metrics
 
     steps = list(dict.fromkeys(term.prepare for term, _ in terms if term.prepare is not None))

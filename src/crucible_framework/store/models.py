@@ -75,9 +75,8 @@ class Models:
         """
         safe_name("model", name)
         source, cards = source_files(checkpoint)
-        for metric, direction in (directions or {}).items():
-            if direction not in get_args(Direction):
-                raise ConfigError(f"The direction of {metric!r} is {direction!r}; expected 'min' or 'max'.")
+        if wrong := {metric: one for metric, one in (directions or {}).items() if one not in get_args(Direction)}:
+            raise ConfigError(f"Directions of metrics are {wrong!r}; expected 'min' or 'max'.")
         extra = to_dict({"tags": _checked_tags(tags or {}), "description": description, "directions": dict(directions or {})})
         scores = {key: float(value) for key, value in {**checkpoint.metrics, **(metrics or {})}.items()}
         origin = self._reference_of(source)

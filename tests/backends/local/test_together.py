@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from crucible_framework import events
+from crucible_framework.backends.local import LocalBackend
 from crucible_framework.backends.local.bases import Base, load_base
 from crucible_framework.backends.local.engine import Asked, evaluate, evaluate_together, few
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
-from crucible_framework.errors import DataError, NumericError
+from crucible_framework.errors import BackendError, DataError, NumericError
 from crucible_framework.losses import resolve
 from crucible_framework.protocols import Loss
-from crucible_framework.records import Batch, Datum, LoraConfig
+from crucible_framework.records import AdamConfig, Batch, Datum, LoraConfig
 
 from .models_for_tests import CE, batch, make_qwen
 
@@ -105,3 +108,44 @@ def test_what_may_not_share(base: Base, tmp_path: Path) -> None:
     shapes = tensor_shapes(base.layers, layer_names(base.layers, head, base.head), 2)
     assert not few(base, replace(one, active=Active(init_adapter(shapes, 0, CPU), 1.0)))
     assert not few(load_base(base.name, cache=tmp_path, dtype=torch.float32, device=CPU, engine="plain"), one)
+
+
+# ------------------------------------------------------------------------------------------------------------ in sessions
+def test_sessions_share_a_pass_and_keep_their_order(tmp_path: Path) -> None:
+    adam, loras = AdamConfig(lr=1e-3), [LoraConfig(rank=2 + i, dropout=0.2, seed=i, target_modules=TARGETS[i]) for i in range(4)]
+
+    def trained(*, share: bool) -> tuple[list[list[float]], list[int]]:
+        with LocalBackend(cache=tmp_path, share_passes=share) as backend, events.collect() as seen:
+            sessions, gate = [backend.train("tiny", lora) for lora in loras], threading.Event()
+            backend.submit(gate.wait, 10)
+            futures = []
+            for step in range(3):
+                for number, session in enumerate(sessions):
+                    futures.append((session.forward_backward(batch(6 + number, 9, seed=step), CE), session.optim_step(adam)))
+            gate.set()
+            losses = [[one.result().loss, other.result().grad_norm] for one, other in futures]
+        return losses, [int(str(event.get("shared", 1))) for event in seen if event["name"] == "training.forward_backward"]
+
+    alone, ones = trained(share=False)
+    together, counts = trained(share=True)
+    assert set(ones) == {1}
+    assert counts == [4] * 12
+    np.testing.assert_allclose(np.array(together), np.array(alone), rtol=1e-4)
+
+
+def test_a_shared_failure_stays_with_its_session(tmp_path: Path) -> None:
+    with LocalBackend(cache=tmp_path, share_passes=True) as backend:
+        sessions, gate = [backend.train("tiny", LoraConfig(rank=2, seed=i)) for i in range(3)], threading.Event()
+        backend.submit(gate.wait, 10)
+        wrong = replace(batch(6).data[0], tokens=np.array([1, 99999], np.int32), targets=np.array([1, 2], np.int64), weights=np.ones(2, np.float32))
+        futures = [session.forward_backward(Batch(data=(wrong,)) if i == 1 else batch(9), CE) for i, session in enumerate(sessions)]
+        steps = [session.optim_step(AdamConfig()) for session in sessions]
+        cancelled = sessions[0].forward_backward(batch(5), CE)
+        assert cancelled.cancel()
+        gate.set()
+        assert futures[0].result().loss == futures[2].result().loss
+        with pytest.raises(DataError):
+            futures[1].result()
+        with pytest.raises(BackendError, match="was not taken"):
+            steps[1].result()
+        assert steps[0].result().step == steps[2].result().step == 1

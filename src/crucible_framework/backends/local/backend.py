@@ -27,7 +27,7 @@ from .bases import Base, canonical, load_base, load_tokenizer
 from .looking import Seen, look
 from .lora import Active, init_adapter, layer_names, tensor_shapes
 from .optim import fresh
-from .queue import Queue
+from .queue import Mix, Queue
 from .sampling import Answer, Ask, Frozen, LocalSampler, Sampling
 from .session import LocalSession
 
@@ -66,6 +66,8 @@ class LocalBackend:
             there is a C++ compiler; "torch" leaves these out; "plain" runs all through transformers' modules. Their numbers agree to rounding.
         activations_bytes: what a training pass may keep beside the weights; batches go through the model in passes that fit, and a sequence that does
             not fit alone keeps little and computes the rest again. None: passes of 2,048 tokens.
+        share_passes: whether batches of at most 100 tokens of several sessions that wait together are trained in one pass: faster, and equal to
+            rounding only, so that two runs need not give the same bits.
 
     Raises:
         ConfigError: an option is out of range, or there is no such device.
@@ -80,6 +82,7 @@ class LocalBackend:
         cache: str | Path | None = None,
         engine: Literal["fast", "torch", "plain"] = "fast",
         activations_bytes: int | None = None,
+        share_passes: bool = False,
     ) -> None:
         if dtype not in ("auto", "float32", "bfloat16", "int8"):
             raise ConfigError(f"dtype is {dtype!r}; expected 'auto', 'float32', 'bfloat16' or 'int8'.")
@@ -90,7 +93,7 @@ class LocalBackend:
         if activations_bytes is not None and (not isinstance(activations_bytes, int) or isinstance(activations_bytes, bool) or activations_bytes < 1):
             raise ConfigError(f"activations_bytes is {activations_bytes!r}; expected a whole number of bytes, or None.")
         self._engine: Literal["fast", "torch", "plain"] = engine
-        self._activations_bytes = activations_bytes
+        self._activations_bytes, self._share_passes = activations_bytes, share_passes
         self._device = _device(device)
         self._dtype = None if dtype == "auto" else torch.bfloat16 if dtype == "int8" else getattr(torch, dtype)
         self._cache = Path(cache) if cache is not None else places().cache
@@ -191,8 +194,12 @@ class LocalBackend:
 
     # --------------------------------------------------------------------------------------------- for sessions (Engine)
     def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Runs a request on the engine's thread, in order."""
+        """Runs a request on the engine's thread, after all before it."""
         return self._queue.submit(fn, *args, **kwargs)
+
+    def submit_for(self, session: LocalSession, fn: Callable[[], T], mix: Mix[T] | None = None) -> Future[T]:
+        """Runs a session's request on the engine's thread, after those before it."""
+        return self._queue.submit_for(session, fn, mix if self._share_passes else None)
 
     def keep(self, checkpoint: Checkpoint, snapshot: Snapshot) -> Checkpoint:
         """Keeps a snapshot in memory until the backend is closed; a URI that is taken gets a number."""

@@ -7,11 +7,12 @@ does not know how gradients are computed, nor where files lie.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from ...protocols import GradientHook, Gradients, Loss
 from ...records import AdamConfig, Batch, Checkpoint, LoraConfig, OptimOutput, StepOutput
 from .adapters import Snapshot
 from .bases import Base
-from .engine import evaluate
+from .engine import Asked, evaluate, evaluate_together, few
 from .examplewise import ExampleNorms
 from .lora import Active
 from .optim import AdamState, adamw, first_not_finite, global_norm
+from .queue import Mix
 from .sampling import Frozen, LocalSampler
 
 __all__ = ["LocalSession"]
@@ -39,7 +41,11 @@ class Engine(Protocol):
     """What a session needs of its backend."""
 
     def submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Runs a request in order."""
+        """Runs a request after all before it."""
+        ...
+
+    def submit_for(self, session: LocalSession, fn: Callable[[], T], mix: Mix[T] | None = None) -> Future[T]:
+        """Runs a session's request after those before it; with `mix`, maybe together with other sessions'."""
         ...
 
     def keep(self, checkpoint: Checkpoint, snapshot: Snapshot) -> Checkpoint:
@@ -81,7 +87,7 @@ class LocalSession:
     def _submit(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if self._closed:
             raise SessionClosedError(f"The session on {self.base_model!r} is closed. Start one with backend.train(...) or backend.resume(...).")
-        return self._engine.submit(fn, *args, **kwargs)
+        return self._engine.submit_for(self, partial(fn, *args, **kwargs))
 
     def forward_backward(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
         """Adds the gradient of the summed loss; after any failure of it the next `optim_step` fails too.
@@ -91,7 +97,10 @@ class LocalSession:
             DataError: no data, tokens outside the vocabulary or the context, or an extra that the loss needs is missing.
             BackendError: the loss gave no scalar with a gradient.
         """
-        return self._submit(self._forward_backward, batch, loss)
+        if self._closed or not few(self.base, self._asked(batch, loss)):
+            return self._submit(self._forward_backward, batch, loss)
+        alone = partial(self._forward_backward, batch, loss)
+        return self._engine.submit_for(self, alone, Mix(("forward_backward", id(self.base)), (self, batch, loss), _together))
 
     def forward_backward_examples(self, batch: Batch, loss: Loss) -> Future[StepOutput]:
         """As `forward_backward`, with the exact L2 norm of each example's own gradient in `StepOutput.example_norms`.
@@ -140,6 +149,9 @@ class LocalSession:
     def _frozen(self) -> Frozen:
         return Frozen(self.base, Active(self._adapter, self._scale))
 
+    def _asked(self, batch: Batch, loss: Loss) -> Asked:
+        return Asked(batch, loss, Active(self._adapter, self._scale, self.lora.dropout, self._generator))
+
     def _forward(self, batch: Batch, loss: Loss) -> StepOutput:
         with events.span("training.forward", examples=len(batch.data), tokens=batch.tokens):
             return evaluate(self.base, batch, loss, Active(self._adapter, self._scale), train=False)[0]
@@ -162,6 +174,20 @@ class LocalSession:
             self._gradients = gradients
             span.set(loss=output.loss)
             return output if note is None else replace(output, example_norms=note.norms())
+
+    def _took_shared(
+        self, batch: Batch, found: tuple[StepOutput, dict[str, Tensor]] | Exception, before: Tensor, *, shared: int, duration_s: float
+    ) -> StepOutput:
+        """What this session's part of a shared pass gives; `duration_s` is the whole pass's."""
+        with events.span("training.forward_backward", examples=len(batch.data), tokens=batch.tokens, shared=shared, duration_s=duration_s) as span:
+            if isinstance(found, Exception):
+                self._failure = found
+                self._generator.set_state(before)
+                raise found
+            output, gradients = found
+            self._gradients = {name: self._gradients[name] + gradient for name, gradient in gradients.items()} if self._gradients else gradients
+            span.set(loss=output.loss)
+            return output
 
     def _slope(self, batch: Batch, loss: Loss, start: Tensor, adapter: Gradients) -> dict[str, Tensor]:
         """The gradient at other values of the adapter, with the masks that a pass draws from the generator's state `start`."""
@@ -201,6 +227,18 @@ class LocalSession:
         uri, step = f"local://{self.name}/{name}", self._optimizer.step
         checkpoint = Checkpoint(name=name, uri=uri, kind=kind, step=step, base_model=self.base_model, lora=self.lora)
         return self._engine.keep(checkpoint, Snapshot(adapter=self._adapter, optimizer=optimizer, generator=generator))
+
+
+def _together(items: Sequence[object]) -> list[Callable[[], StepOutput]]:
+    """Passes of several sessions on one base as one pass; for each what its caller gets."""
+    given, start = cast("Sequence[tuple[LocalSession, Batch, Loss]]", items), time.perf_counter()
+    before = [session._generator.get_state() for session, _, _ in given]
+    found = evaluate_together(given[0][0].base, [session._asked(batch, loss) for session, batch, loss in given])
+    duration_s = time.perf_counter() - start
+    return [
+        partial(session._took_shared, batch, one, state, shared=len(given), duration_s=duration_s)
+        for (session, batch, _), one, state in zip(given, found, before, strict=True)
+    ]
 
 
 def _refuse_not_finite(tensors: dict[str, Tensor], what: str) -> None:
