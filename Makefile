@@ -18,7 +18,7 @@ COOKBOOK := $(VENV)/cookbook/.installed
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
 
-.PHONY: help install demo test test-slow check bench bench-sampling bench-losses docs clean bench-inference conformance bench-events bench-stats
+.PHONY: help install demo test test-slow check bench bench-engine bench-sampling bench-losses docs clean bench-inference conformance bench-events bench-stats
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -44,6 +44,9 @@ check: $(DEV) ## Run all checks: format, lint, types, import floors, tests with 
 
 bench: $(DEV) ## Run the benchmarks
 	@for file in benchmarks/*.py; do printf '\n== %s\n' "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+bench-engine: $(DEV) ## Measure training beside PEFT and the machine's matmul, and keep the figures (8 minutes)
+	@$(BIN)/python benchmarks/engine.py --save engine $(ARGS)
 
 bench-sampling: $(DEV) ## Measure sampling beside generate and llama.cpp, and keep the figures
 	@$(BIN)/python benchmarks/sampling.py --save sampling $(ARGS)

@@ -1,11 +1,12 @@
 """The local engine beside the plain PEFT + transformers loop and beside what this machine's matmul allows.
 
-usage: python benchmarks/engine.py [--full] [--model NAME] [--threads N] [--dtype float32|bfloat16] [--save NAME]
+usage: python benchmarks/engine.py [--full] [--model NAME] [--threads N] [--save NAME]
 
 All contenders take turns in one process, so that a busy machine slows all alike; every figure is a median, every ratio the median over
-pairs of neighbours. "of the GEMM limit" is the time that the products LoRA needs would take at the fp32 (or bf16) rate measured between
-the rounds. Each case stops after seven rounds, or after half a minute (four with --full) and the round it is in. With one thread CPU
-seconds are counted, not those of the wall. --save NAME writes benchmarks/results/NAME.json; nothing is written without it.
+pairs of neighbours, against the best of the plain loops (fp32, bf16, autocast). "of the GEMM limit" is the time that the products LoRA needs
+would take at the contender's own dtype's rate, measured between the rounds. Each case stops after seven rounds, or after a minute (four with
+--full) and the round it is in. With one thread CPU seconds are counted, not those of the wall. --save NAME writes
+benchmarks/results/NAME.json and NAME.md; nothing is written without it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def ours(base: Base, batch: Batch) -> Step:
     return step
 
 
-def peft_loop(folder: str, batch: Batch, dtype: torch.dtype) -> Step:
+def peft_loop(folder: str, batch: Batch, dtype: torch.dtype, *, autocast: bool = False) -> Step:
     """The same step as a plain loop: padded to the longest, labels −100 where nothing is trained, the model's own loss."""
     import peft
     from transformers import AutoModelForCausalLM
@@ -89,7 +89,9 @@ def peft_loop(folder: str, batch: Batch, dtype: torch.dtype) -> Step:
         labels[row, trained] = torch.from_numpy(d.tokens[trained]).long()
 
     def step() -> None:
-        tuned(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = tuned(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -140,13 +142,13 @@ def in_turns(steps: Mapping[str, Step], budget_s: float, between: Callable[[], f
     return times, rates
 
 
-def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limit_s: Sequence[float] = ()) -> list[dict[str, Any]]:
-    """The table's lines of one case; the first contender is the peer."""
-    peer, *_ = times.values()
+def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limits: Mapping[str, Sequence[float]], peers: Sequence[str]) -> list[dict[str, Any]]:
+    """The table's lines of one case."""
+    peer = times[min(peers, key=lambda name: statistics.median(times[name]))]
     lines = []
     for name, mine in times.items():
         speed = statistics.median(other / own for other, own in zip(peer, mine, strict=True))
-        share = statistics.median(least / own for least, own in zip(limit_s, mine, strict=True)) if limit_s else None
+        share = statistics.median(least / own for least, own in zip(limits[name], mine, strict=True)) if name in limits else None
         lines.append(
             {
                 "case": case,
@@ -160,16 +162,52 @@ def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limit
     return lines
 
 
-def training(bases: Mapping[str, Base], folder: str, *, budget_s: float, dtype: torch.dtype) -> list[dict[str, Any]]:
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def training(bases: Mapping[str, tuple[Base, torch.dtype]], folder: str, *, budget_s: float) -> list[dict[str, Any]]:
     """Tokens are the batch's real ones: no padding, and a common start counts for every sequence that has it."""
-    rows = []
-    for case, batch in batches(next(iter(bases.values())).vocab_size).items():
-        peer = peft_loop(folder, batch, dtype)
-        steps: dict[str, Step] = {"PEFT + transformers": peer, **{f"crucible {name}": ours(base, batch) for name, base in bases.items()}}
-        times, rates = in_turns(steps, budget_s, lambda: gemm_rate(dtype))
-        flops = needed(next(iter(bases.values())), batch)
-        limits = [flops / rate for rate in rates]
-        rows += lines_of(f"training, {case}", times, batch.tokens, limits)
+    rows, some = [], next(iter(bases.values()))[0]
+    for case, batch in batches(some.vocab_size).items():
+        peers = {
+            "PEFT fp32": peft_loop(folder, batch, FP32),
+            "PEFT bf16": peft_loop(folder, batch, BF16),
+            "PEFT autocast": peft_loop(folder, batch, FP32, autocast=True),
+        }
+        steps: dict[str, Step] = {**peers, **{f"crucible {name}": ours(base, batch) for name, (base, _) in bases.items()}}
+        exact, short = list[float](), list[float]()
+
+        def rates(exact: list[float] = exact, short: list[float] = short) -> float:
+            exact.append(gemm_rate(FP32))
+            short.append(gemm_rate(BF16))
+            return 0.0
+
+        times, _ = in_turns(steps, budget_s, rates)
+        flops = needed(some, batch)
+        kinds = {"PEFT fp32": exact, "PEFT bf16": short, "PEFT autocast": short}
+        kinds |= {f"crucible {name}": exact if dtype == FP32 else short for name, (_, dtype) in bases.items()}
+        rows += lines_of(case, times, batch.tokens, {name: [flops / rate for rate in kind] for name, kind in kinds.items()}, list(peers))
+    return rows
+
+
+def sessions(base: Base, *, budget_s: float) -> list[dict[str, Any]]:
+    """Small batches of several adapters one after another, and in one pass."""
+    rng, loss, rows = np.random.default_rng(0), resolve("cross_entropy"), []
+    names = layer_names(base.layers, LORA, base.head)
+    for count, tokens in ((8, 64), (8, 32), (4, 100)):
+        asked = []
+        for number in range(count):
+            adapter = init_adapter(tensor_shapes(base.layers, names, LORA.rank), number, base.device)
+            given = Batch(data=(datum(number, rng.integers(0, base.vocab_size, tokens), tokens // 2),))
+            asked.append(engine.Asked(given, loss, Active(adapter, LORA.alpha / LORA.rank, LORA.dropout, torch.Generator().manual_seed(number))))
+
+        def in_a_row(asked: Sequence[engine.Asked] = tuple(asked)) -> None:
+            for one in asked:
+                engine.evaluate(base, one.batch, one.loss, one.active, train=True)
+
+        steps: dict[str, Step] = {"one after another": in_a_row, "in one pass": lambda asked=tuple(asked): engine.evaluate_together(base, asked)}
+        times, _ = in_turns(steps, budget_s)
+        rows += lines_of(f"{count} sessions of {tokens} tokens", times, count * tokens, {}, ["one after another"])
     return rows
 
 
@@ -188,23 +226,26 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="more time per case")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--save", metavar="NAME")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    dtype = torch.bfloat16 if given.dtype == "bfloat16" else torch.float32
     cache, cpu = places().cache, torch.device("cpu")
-    fast = load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine="fast")
-    bases = {"fast": fast, "plain": load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine="plain")}
+    chosen: tuple[tuple[str, Literal["fast", "torch"], torch.dtype], ...]
+    chosen = (("fast bf16", "fast", BF16), ("torch bf16", "torch", BF16), ("fast fp32", "fast", FP32))
+    bases = {name: (load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine=kind), dtype) for name, kind, dtype in chosen}
+    fast = bases["fast bf16"][0]
     folder = str(getattr(fast.model.config, "_name_or_path", given.model))
-    rows, budget_s = [], 240.0 if given.full else 30.0
-    rows += training(bases, folder, budget_s=budget_s, dtype=dtype)
-    print(f"{given.model}, {given.dtype}, {given.threads} threads, torch {torch.__version__}, {gemm_rate(dtype) / 1e9:.0f} GFLOP/s at the end\n")
-    print(table(rows))
+    budget_s = 240.0 if given.full else 60.0
+    rows = training(bases, folder, budget_s=budget_s) + sessions(fast, budget_s=budget_s / 4)
+    rates = ", ".join(f"{name} {gemm_rate(dtype) / 1e9:.0f}" for name, dtype in (("fp32", FP32), ("bf16", BF16)))
+    about = f"{given.model}, LoRA rank {LORA.rank} on all linear layers, {given.threads} threads, torch {torch.__version__}"
+    text = f"{about}; GFLOP/s at the end: {rates}\n\n{table(rows)}\n"
+    print(text)
     if given.save:
         target = Path(__file__).parent / "results" / f"{given.save}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps({"command": sys.argv, "torch": torch.__version__, "rows": rows}, indent=1), encoding="utf-8")
+        target.write_text(json.dumps({"torch": torch.__version__, "threads": given.threads, "rates": rates, "rows": rows}, indent=1), encoding="utf-8")
+        target.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ def test_a_loader_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_the_names_are_registered() -> None:
-    assert DATASETS.names() == ("fever_symmetric", "gsm8k", "humaneval", "minifact", "mmlu", "scifact")
+    assert DATASETS.names() == ("fever", "fever_symmetric", "gsm8k", "humaneval", "minifact", "mmlu", "scifact")
 
 
 # -------------------------------------------------------------------------------------------------------- the real files

@@ -38,7 +38,7 @@ def test_a_class_with_the_methods_is_a_tokenizer_and_another_is_not() -> None:
 
 
 def test_the_contracts_are_these() -> None:
-    names = {"Backend", "Clock", "HedgePolicy", "Router", "Sampler", "StreamSampler", "Tokenizer", "TrainingSession"}
+    names = {"Backend", "Clock", "ExampleSession", "HedgePolicy", "Router", "Sampler", "StreamSampler", "Tokenizer", "TrainingSession"}
     assert {contract.__name__ for contract in CONTRACTS} == names
 
 

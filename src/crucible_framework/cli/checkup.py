@@ -43,6 +43,25 @@ def _writable(what: str, folder: Path) -> Check:
     return Check(what=what, found=str(folder), ok=ok, fix="" if ok else f"make {nearest} writable, or name another folder in the environment")
 
 
+FAULTS = 1.5
+"""From so much longer on, filling new memory is worth another allocator."""
+
+
+def _speed() -> Iterator[Check]:
+    """What decides how fast the local engine is."""
+    try:
+        from ..backends.local.native import compiler
+        from ..backends.local.sizes import allocation_cost, fast_bf16
+    except ImportError:
+        return
+    found = compiler()
+    yield Check(what="C++ compiler", found=found or "none: with g++ training and sampling are several times faster", ok=True)
+    yield Check(what="bfloat16 in the processor", found="yes" if fast_bf16() else "no: weights are float32", ok=True)
+    cost = allocation_cost()
+    advice = "; steps are faster with jemalloc: LD_PRELOAD=libjemalloc.so.2 MALLOC_CONF=thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"
+    yield Check(what="new memory", found=f"{cost:.1f} times slower than held memory{advice if cost >= FAULTS else ''}", ok=True)
+
+
 def examine() -> tuple[Check, ...]:
     """Python, packages, memory, disk and folders."""
     where = places()
@@ -55,6 +74,7 @@ def examine() -> tuple[Check, ...]:
         Check(what="Python", found=platform.python_version(), ok=True),
         *_packages(),
         Check(what="processor cores", found=str(os.cpu_count()), ok=True),
+        *_speed(),
         Check(what="memory", found=size(memory), ok=memory >= MEMORY_BYTES, fix="at least 2 GB for smollm2-135m; base_model='tiny' needs less"),
         Check(what="free disk", found=size(free), ok=free >= DISK_BYTES, fix=f"free 2 GB beside {nearest}"),
         _writable("cache (CRUCIBLE_CACHE)", where.cache),

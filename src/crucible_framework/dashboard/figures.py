@@ -84,8 +84,13 @@ def csv_text(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for row in (head, *rows):
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t") else cell for cell in row])
+        writer.writerow([_safe(cell) if isinstance(cell, str) else cell for cell in row])
     return out.getvalue()
+
+
+def _safe(cell: str) -> str:
+    cell = cell.replace("\r\n", "\n").replace("\r", "\n")  # the writer quotes no lone carriage return
+    return f"'{cell}" if cell[:1] in ("=", "+", "-", "@", "\t") else cell
 
 
 def plot_csv(plot: Plot) -> str:

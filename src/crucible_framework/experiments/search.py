@@ -116,8 +116,7 @@ def search(
     optuna, folder = _optuna(), Path(folder)
     names = {key: _distribution(kind) for key, kind in space.items()}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    chosen = sampler if sampler is not None else optuna.samplers.TPESampler(seed=seed)
-    study = cast("_Study", optuna.create_study(direction="minimize", sampler=chosen))
+    study = cast("_Study", optuna.create_study(direction="minimize", sampler=sampler or optuna.samplers.TPESampler(seed=seed)))
     found: list[Trial] = []
     for number in range(trials):
         asked = study.ask(names)
@@ -126,9 +125,8 @@ def search(
         where = folder / f"trial-{number:04d}"
         ended = run(one, where, jobs=jobs, resume=(where / PLAN).exists())
         if ended.stopped:
-            raise ExperimentError(
-                f"A signal ended the search in trial {number} of {trials}; {number} are kept. Call it again with the same arguments to go on."
-            )
+            said = f"A signal ended the search in trial {number} of {trials}; {number} are kept."
+            raise ExperimentError(f"{said} Call it again with the same arguments to go on.")
         loss = _loss(ended)
         study.tell(asked, loss) if loss is not None else study.tell(asked, state=_optuna(".trial").TrialState.FAIL)
         found.append(Trial(number=number, settings=settings, loss=loss))

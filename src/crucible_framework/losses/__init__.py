@@ -164,9 +164,8 @@ def combine(weights: Mapping[str, float] | Mapping[str | Loss | LossFn, float]) 
         logprobs = inputs
         if needs == "logits":
             logprobs = [target_logprobs(values, torch.tensor(datum.targets).to(values.device)) for datum, values in zip(data, inputs, strict=True)]
-        total = total_weight(data)
+        total, metrics = total_weight(data), dict[str, float]()
         parts: list[Tensor] = []
-        metrics: dict[str, float] = {}
         for term, factor in terms:
             if term.penalties and term.fn is nothing:
                 continue  # its backend reports it

@@ -49,6 +49,7 @@ def render_csv(document: Document) -> str:
 
 
 def _safe(text: str) -> str:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # the writer quotes no lone carriage return
     try:
         float(text)
     except ValueError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from ...errors import BackendError, CorruptError
 
-__all__ = ["ITEM_BYTES", "available_bytes", "check_memory", "fitting_dtype", "room_to_pack", "weights_in"]
+__all__ = ["ITEM_BYTES", "allocation_cost", "available_bytes", "check_memory", "fast_bf16", "fitting_dtype", "room_to_pack", "weights_in"]
 
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 SMALL = 16_000_000
@@ -66,9 +68,27 @@ def fitting_dtype(weights: int, device: torch.device) -> torch.dtype:
     """The dtype for a model of so many weights where none is asked for."""
     if device.type == "cuda":
         return torch.bfloat16
+    return torch.bfloat16 if fast_bf16() and weights >= SMALL else torch.float32
+
+
+def fast_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16."""
     has = torch.cpu.get_capabilities()
-    fast = has.get("amx_bf16") or has.get("avx512_bf16") or has.get("bf16")
-    return torch.bfloat16 if fast and weights >= SMALL else torch.float32
+    return any(has.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def allocation_cost(size: int = 1 << 26, rounds: int = 5) -> float:
+    """How many times longer filling new memory takes than filling memory that is held: what page faults cost large temporaries here."""
+    held, fresh, again = torch.empty(size, dtype=torch.uint8), list[float](), list[float]()
+    held.fill_(1)
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.empty(size, dtype=torch.uint8).fill_(1)
+        middle = time.perf_counter()
+        held.fill_(1)
+        fresh.append(middle - start)
+        again.append(time.perf_counter() - middle)
+    return statistics.median(fresh) / statistics.median(again)
 
 
 def room_to_pack(layers: Mapping[str, tuple[int, int]], dtype: torch.dtype) -> bool:

@@ -5,10 +5,12 @@ The SDK has no public hook for these. What is used here is checked for being the
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from ... import events
+from ...records import Json
 
 if TYPE_CHECKING:
     import tinker
@@ -23,6 +25,11 @@ def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> N
         client: of the SDK.
         name: of the run or sampler, for the events.
     """
+    context = contextvars.copy_context()  # the SDK's threads know nothing of the caller's run
+
+    def tell(event: str, **fields: Json) -> None:
+        context.copy().run(lambda: events.emit(event, model=name, **fields))
+
     states: Any = getattr(client, "_queue_state_logger", client)
     if hasattr(states, "on_queue_state_change") and not hasattr(states, "crucible_watched"):
         told: Callable[..., None] = states.on_queue_state_change
@@ -31,7 +38,7 @@ def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> N
         def on_queue_state_change(state: Any, reason: str | None = None) -> None:
             nonlocal last
             if (now := str(getattr(state, "value", state))) != last:
-                events.emit("tinker.queue_state", model=name, state=now, reason=reason or "")
+                tell("tinker.queue_state", state=now, reason=reason or "")
             last = now
             told(state, reason)
 
@@ -52,7 +59,7 @@ def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> N
             except Exception as error:
                 status = getattr(error, "status_code", None)
                 again = bool(holder._is_retryable_exception(error)) if hasattr(holder, "_is_retryable_exception") else False
-                events.emit("tinker.retry", model=name, attempt=attempt, error=type(error).__name__, status=status, again=again)
+                tell("tinker.retry", attempt=attempt, error=type(error).__name__, status=status, again=again)
                 raise
 
         return await retried(once, *args, **kwargs)

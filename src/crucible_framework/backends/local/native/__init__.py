@@ -22,7 +22,7 @@ from .... import events
 from ....errors import StoreError
 from ....files import storage_errors
 
-__all__ = ["library"]
+__all__ = ["compiler", "library"]
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -51,17 +51,22 @@ def library(source: str, folder: Path) -> ctypes.CDLL | None:
         return _LOADED[source]
 
 
+def compiler() -> str | None:
+    """The C++ compiler that is used, or None."""
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
 def _compiled(source: str, folder: Path) -> Path:
     """The library's file, made where it is not there.
 
     Raises:
         RuntimeError: there is no compiler, or it refuses.
     """
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
+    program = compiler()
+    if program is None:
         raise RuntimeError(f"no C++ compiler; looked for {', '.join(COMPILERS)}")
     texts = b"".join(path.read_bytes() for path in sorted([FOLDER / source, *FOLDER.glob("*.h")]))
-    name = hashlib.sha256("\0".join((_version(compiler), _processor(), *FLAGS)).encode() + texts).hexdigest()[:24]
+    name = hashlib.sha256("\0".join((_version(program), _processor(), *FLAGS)).encode() + texts).hexdigest()[:24]
     final = folder / f"{Path(source).stem}-{name}.so"
     if final.is_file():
         return final
@@ -71,23 +76,23 @@ def _compiled(source: str, folder: Path) -> Path:
             if not final.is_file():
                 with events.span("native.compiled", source=source), tempfile.TemporaryDirectory(dir=folder) as work:
                     made = Path(work) / "made.so"
-                    words = _run(compiler, "-fopenmp", source=source, target=made)
-                    if words and (words := _run(compiler, source=source, target=made)):
-                        raise RuntimeError(f"{compiler} could not compile {source}: {words}")
+                    words = _run(program, "-fopenmp", source=source, target=made)
+                    if words and (words := _run(program, source=source, target=made)):
+                        raise RuntimeError(f"{program} could not compile {source}: {words}")
                     made.replace(final)
     return final
 
 
-def _run(compiler: str, *more: str, source: str, target: Path) -> str:
+def _run(program: str, *more: str, source: str, target: Path) -> str:
     """Compiles; the compiler's complaint where it fails, else nothing."""
-    command = [compiler, *FLAGS, *more, str(FOLDER / source), "-o", str(target)]
+    command = [program, *FLAGS, *more, str(FOLDER / source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)  # noqa: S603 - fixed arguments, no shell
     return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""
 
 
 @cache
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout  # noqa: S603 - fixed arguments
+def _version(program: str) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout  # noqa: S603 - fixed arguments
 
 
 @cache
