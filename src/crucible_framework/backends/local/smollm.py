@@ -7,6 +7,8 @@ quantisation (Q4_1) and are kept as de-quantised fp32, so they are not bit for b
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -99,7 +101,8 @@ def _convert(gguf: Path, target: Path) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
+            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
         if hasattr(model.config, "quantization_config"):
             delattr(model.config, "quantization_config")
         # save_pretrained refuses a model that was de-quantised; the head is the embedding's own tensor and is left out
