@@ -195,10 +195,11 @@ def wandb_copies(project: str, **settings: object) -> Begin:
     _needed("wandb", "wandb")
     import wandb
 
-    chosen = {"silent": True, "console": "off", "finish_timeout": EXIT_S, "finish_timeout_raises": False} | settings
+    given = {"silent": True, "console": "off", "finish_timeout": EXIT_S, "finish_timeout_raises": False} | settings
+    chosen = wandb.Settings.model_validate(given)
 
     def begin(name: str, params: Mapping[str, Json]) -> Copy:
-        made = wandb.init(project=project, name=name, config=dict(params), reinit="create_new", settings=wandb.Settings(**chosen))
+        made = wandb.init(project=project, name=name, config=dict(params), reinit="create_new", settings=chosen)
         return _Logger(made, codes=True)
 
     return begin
@@ -211,7 +212,7 @@ def trackio_copies(project: str) -> Begin:
         ConfigError: trackio is not installed.
     """
     _needed("trackio", "trackio")
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports] # optional, and no dependency of the tests
 
     def begin(name: str, params: Mapping[str, Json]) -> Copy:
         return _Logger(trackio.init(project=project, name=name, config=dict(params), embed=False), codes=False)

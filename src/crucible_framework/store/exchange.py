@@ -86,7 +86,7 @@ def _written(rows: Sequence[Fact], suffix: str) -> bytes:
         return b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
     if suffix == ".csv":
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, list[str](COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "" if value is None else repr(value) if isinstance(value, float) else value for key, value in row.items()} for row in rows)
         return text.getvalue().encode()
@@ -184,14 +184,14 @@ def import_runs(path: str | Path, root: str | Path) -> tuple[str, ...]:
         ConfigError: the file ends otherwise, or a run of one of the names is there already (then none is made).
         FormatError: a row is no fact; the message says which.
     """
-    path, runs = Path(path), dict[str, list[Mapping[str, Json]]]()
-    for number, row in enumerate(_rows(path), start=1):
+    source, runs = Path(path), dict[str, list[Mapping[str, Json]]]()
+    for number, row in enumerate(_rows(source), start=1):
         if set(row) != set(COLUMNS) or row["kind"] not in get_args(Kind) or not isinstance(row["run"], str):
             wanted = f"expected {', '.join(COLUMNS)}, with a kind of {', '.join(get_args(Kind))}"
-            raise FormatError(f"{path.name}: row {number} has {', '.join(map(str, row))}; {wanted}.")
+            raise FormatError(f"{source.name}: row {number} has {', '.join(map(str, row))}; {wanted}.")
         runs.setdefault(row["run"], []).append(row)
-    parts = {name: (lambda rows=rows: _parts(rows, path)) for name, rows in runs.items()}
-    return _make(parts, Path(root), f"file:{path.name}")
+    parts = {name: (lambda rows=rows: _parts(rows, source)) for name, rows in runs.items()}
+    return _make(parts, Path(root), f"file:{source.name}")
 
 
 _Parts = tuple[dict[str, Json], dict[str, Json], list[dict[str, Json]], list[dict[str, Json]], dict[str, Json], str]

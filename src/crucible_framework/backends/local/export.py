@@ -148,7 +148,7 @@ def _merge(loaded: _Loaded) -> _Loaded:
 def _write_folder(loaded: _Loaded, folder: Path, precision: str) -> None:
     dtype = _DTYPES[precision]
     model = loaded.model.to(dtype)
-    model.config.dtype = dtype
+    setattr(model.config, "dtype", dtype)  # noqa: B010 - transformers' own, which type checkers take for a module
     with _quiet():
         model.save_pretrained(str(folder), max_shard_size="4GB")  # type: ignore[operator] # transformers' own
     _write_tokenizer(loaded.folder, folder)
