@@ -207,6 +207,11 @@ def test_a_run_sends_only_new_rows_and_says_when_it_ends(tmp_path: Path, follow:
     with Dashboard(tmp_path, every_s=0.02) as dashboard, open_run(tmp_path / "a", {"base_model": "tiny"}) as run:
         for step in range(1, 501):
             run.log_metrics({"step": step, "train/loss": 1.0})
+        told, pause = tmp_path / "a" / "events.jsonl", threading.Event()  # events are written by a thread of their own
+        for _ in range(1000):
+            if told.exists() and b"run.started" in told.read_bytes():
+                break
+            pause.wait(0.01)
         client = Client(dashboard.url)
         cursor = json.loads(client.text("/api/runs/a/charts"))["cursor"]
         stream = follow(client, f"/api/runs/a/live?after={cursor}")
