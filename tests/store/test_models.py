@@ -346,7 +346,7 @@ def test_the_best_comes_first_by_stated_or_known_directions(models: Models, chec
         models.find(order_by="plain")
     with pytest.raises(UnknownNameError, match="Did you mean 'eval/accuracy'"):
         models.find(order_by="eval/acuracy")
-    with pytest.raises(ConfigError, match="direction of 'x' is 'up'"):
+    with pytest.raises(ConfigError, match="expected 'min' or 'max'"):
         models.register(checkpoints[0], "a", metrics={"x": 1.0}, directions={"x": "up"})  # type: ignore[dict-item]
     assert models.find(where=["eval/accuracy != 0.5"], name="a")[0].version == 2
     with pytest.raises(ConfigError, match="compares no number"):
