@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from cyclopts import App
 
 from crucible_framework import __main__
 from crucible_framework.cli import run
+from crucible_framework.cli.app import PARTS, build
 from crucible_framework.errors import CorruptError
 from crucible_framework.files import read_lines
 from crucible_framework.store import Checkpoints
@@ -272,3 +275,17 @@ def test_a_signal_saves_a_checkpoint_and_sets_the_exit_code(tmp_path: Path, numb
     assert b"--resume" in out
     saved = Checkpoints(tmp_path / "runs/s/checkpoints").latest(verified=True)
     assert saved.step > 3
+
+
+def test_every_file_registers_the_commands_that_the_table_says() -> None:
+    for part, names in PARTS.items():
+        tree = App()
+        import_module(f"crucible_framework.cli.{part}").register(tree)
+        assert tuple(name for name in tree if not name.startswith("-")) == names
+    assert set(build(["sample"])) < set(build())
+
+
+def test_asking_a_model_of_a_known_family_does_not_import_transformers() -> None:
+    code = "import sys; from crucible_framework.cli.app import run; code = run(['sample', 'tiny', 'hi', '--max-tokens', '1']); sys.exit(code or ('transformers' in sys.modules) * 3)"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,9 @@ from __future__ import annotations
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
 
 import orjson
 from cyclopts import App, CycloptsError
@@ -18,16 +20,27 @@ from rich.console import Console
 
 from ..config import to_dict
 from ..errors import CrucibleError
-from . import commands, ensemble, experiment, models, quality, runs, serve, ui
 from .reply import Reply, typed
 
 __all__ = ["build", "run"]
 
 GLOBAL = {"--json": "json", "--quiet": "quiet", "-q": "quiet", "--debug": "debug"}
+PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "commands": ("demo", "train", "report", "datasets", "losses", "doctor", "eval"),
+    "asking": ("sample",),
+    "runs": ("runs", "db"),
+    "models": ("checkpoints", "models"),
+    "ensemble": ("ensemble",),
+    "experiment": ("run", "compare", "leaks"),
+    "quality": ("claims", "gate"),
+    "serve": ("serve",),
+    "ui": ("ui",),
+})  # fmt: skip
+"""Which file of this folder registers which commands: only the one that is asked for is imported, so that short commands start at once."""
 
 
-def build() -> App:
-    """The command tree."""
+def build(words: Sequence[str] = ()) -> App:
+    """The command tree, or the part of it that the first word names."""
     app = App(
         name="crucible",
         help="Fine-tune LoRA adapters, ask them, and say with honest statistics which is better.\n\n"
@@ -37,8 +50,8 @@ def build() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for part in (commands, runs, models, ensemble, experiment, quality, serve, ui):
-        part.register(app)
+    for part in [part for part, names in PARTS.items() if words and words[0] in names] or PARTS:
+        import_module(f".{part}", __package__).register(app)
     return app
 
 
@@ -65,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word not in GLOBAL]
     typed.set(shlex.join(["crucible", *words]))
     try:
-        reply = build()(words, exit_on_error=False, print_error=False)
+        reply = build(words)(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         return _fail(f"{' '.join(str(error).split())} Ask `crucible --help`.", 2, flags)
     except CrucibleError as error:

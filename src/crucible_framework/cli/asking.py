@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, cast
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from .. import events
 from ..backends import connect
@@ -21,7 +21,7 @@ from ..records import Prompt as AnyPrompt
 from .jobs import chat, kept_events, resolve_model
 from .reply import Reply
 
-__all__ = ["sample"]
+__all__ = ["register"]
 
 Prompt = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
 Interactive = Annotated[bool, Parameter(name=["--interactive", "-i"])]
@@ -131,3 +131,8 @@ def pool_of(engine: Backend, models: list[str]) -> Pool:
         name = reference if seen[reference] == 1 else f"{reference} ({seen[reference]})"
         members.append(Member(name=name, sampler=engine.sampler(resolve_model(reference))))
     return Pool(members)
+
+
+def register(app: App) -> None:
+    """Adds the command of this file."""
+    app.command(sample)

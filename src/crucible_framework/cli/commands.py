@@ -26,7 +26,6 @@ from ..reports.study import is_study, write_study_report
 from ..training import Callback, Trainer, progress_bar, received_signal
 from ..training import watch as watching
 from . import show
-from .asking import sample
 from .checkup import examine
 from .jobs import DataChoice, load_data, load_job, load_rows, numbers, resolve_model, runnable
 from .reply import Reply, typed
@@ -193,6 +192,6 @@ def doctor() -> Reply:
 
 def register(app: App) -> None:
     """Adds every command to the tree."""
-    for command in (demo, train, sample, report, datasets, losses, doctor):
+    for command in (demo, train, report, datasets, losses, doctor):
         app.command(command)
     app.command(score, name="eval")

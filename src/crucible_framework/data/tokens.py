@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from ..errors import ConfigError, CorruptError, DataError, NotFoundError
 from ..protocols import Tokenizer
 from ..records import Json, Message, Prompt
+from .token_files import TokenizerFile
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -186,15 +187,19 @@ def _load_folder(folder: Path, name: str) -> tuple[_AutoTokenizer, tuple[int, ..
     if not folder.is_dir():
         raise NotFoundError(f"The tokenizer of {name!r} is not at {str(folder)!r}. Expected a folder with 'tokenizer.json'.")
     try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConfigError(f"The tokenizer of {name!r} needs transformers. Install crucible-framework[local].") from error
-    try:
-        loaded = cast("_AutoTokenizer", AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
+        loaded = cast("_AutoTokenizer", TokenizerFile.of(folder) or _by_transformers(folder))
         loaded.encode("a", add_special_tokens=False)  # the first call may switch truncation off, which is not thread-safe
         return loaded, _end_ids(loaded, folder)
+    except ImportError as error:
+        raise ConfigError(f"The tokenizer of {name!r} needs transformers. Install crucible-framework[local].") from error
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         raise CorruptError(f"The tokenizer of {name!r} in {str(folder)!r} cannot be read: {error} Download the folder again.") from error
+
+
+def _by_transformers(folder: Path) -> _AutoTokenizer:
+    from transformers import AutoTokenizer
+
+    return cast("_AutoTokenizer", AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
 
 
 def _end_ids(tokenizer: _AutoTokenizer, folder: Path) -> tuple[int, ...]:

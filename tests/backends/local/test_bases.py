@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crucible_framework import events
-from crucible_framework.backends.local import bases, sizes
+from crucible_framework import events, files
+from crucible_framework.backends.local import bases, loading, sizes
+from crucible_framework.backends.local.skeleton import Skeleton
 from crucible_framework.errors import AuthError, BackendError, ConfigError, CorruptError, ServiceError, UnknownNameError
 from crucible_framework.files import publish
 
@@ -34,7 +35,7 @@ def folder(qwen: Path, tmp_path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------------------- names
 def test_tiny_is_the_same_every_time_and_draws_nothing(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    one, two = bases.tiny_model(), bases.tiny_model()
+    one, two = loading.tiny_model(), loading.tiny_model()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     base = load("tiny", tmp_path)
@@ -322,3 +323,49 @@ def test_a_hub_model_is_downloaded_and_its_size_checked_before(monkeypatch: pyte
     assert bases.load_tokenizer("some/model", cache=tmp_path).encode("x")
     assert ["*.safetensors" in found for found in patterns] == [True, False]
     assert not any(".bin" in pattern or ".py" in pattern for found in patterns for pattern in found)
+
+
+# ------------------------------------------------------------------------------------------------------------ skeletons
+def test_tiny_has_the_same_weights_with_and_without_modules() -> None:
+    bare, modules = loading.tiny_model(modules=False), loading.tiny_model()
+    assert [name for name, _ in bare.named_parameters()] == [name for name, _ in modules.named_parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(bare.parameters(), modules.parameters(), strict=True))
+    places = torch.arange(9)[None]
+    for ours, theirs in zip(*(model.get_submodule("model.rotary_emb")(torch.zeros(1), places) for model in (bare, modules)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bare"),
+    [
+        ({}, True),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, False),
+        ({"hidden_act": "gelu"}, False),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, False),
+    ],
+    ids=["plain", "scaled positions", "gelu", "window"],
+)
+def test_what_is_unusual_is_loaded_by_transformers(changes: dict[str, Any], bare: bool, tmp_path: Path) -> None:
+    base = load(make_qwen(tmp_path / "model", **changes), tmp_path)
+    assert isinstance(base.model, Skeleton) is bare
+
+
+def test_a_folder_of_our_cache_is_compared_with_its_manifest_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "kept"
+    publish(kept, lambda target: shutil.copytree(folder, target, dirs_exist_ok=True))
+    compared = list[Path]()
+
+    def verify(path: Path) -> object:
+        compared.append(path)
+        return files.verify(path)
+
+    monkeypatch.setattr(loading, "verify", verify)
+    for _ in range(3):
+        loading.read_folder(kept, "kept", torch.float32, modules=False, ours=True)
+    assert compared == [kept]
+    loading.read_folder(kept, "kept", torch.float32, modules=False, ours=False)
+    assert compared == [kept, kept]
+    weights = kept / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(CorruptError, match="Delete that folder: it is made again"):
+        loading.read_folder(kept, "kept", torch.float32, modules=False, ours=True)

@@ -159,13 +159,22 @@ def test_masks_places_and_caches(pair: tuple[Base, Base]) -> None:
             seen = torch.ones(14, 14).tril()
             seen[7:, 2:5] = 0
             outputs.append(base.hidden(ids[:1], mask=torch.where(seen > 0, 0.0, torch.finfo(torch.float32).min)[None, None], places=torch.arange(14)[None] + 3))
-            padded = torch.ones(3, 14, dtype=torch.bool)
-            padded[1, :4] = False
-            outputs.append(base.hidden(ids, mask=padded)[:, 4:])
+            cache, padded = DynamicCache(), torch.ones(3, 14, dtype=torch.bool)
+            padded[1, 9:13] = False
+            base.hidden(ids[:, :13], cache)
+            outputs.append(base.hidden(ids[:, 13:], cache, mask=padded, places=torch.tensor([[13], [9], [13]])))
             outputs.append(base.logits(outputs[0]))
         found.append(outputs)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_decoder_does_not_do_is_refused(pair: tuple[Base, Base]) -> None:
+    ids = torch.arange(6)[None]
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="padding before single tokens"):
+        pair[0].hidden(ids, mask=torch.ones(1, 6, dtype=torch.bool))
+    with pytest.raises(NotImplementedError, match="without a gradient"):
+        pair[0].hidden(ids, DynamicCache())
 
 
 def test_completion_logprobs(pair: tuple[Base, Base]) -> None:

@@ -20,7 +20,8 @@ from crucible_framework.backends.local.compiled import NativeSteps
 from crucible_framework.backends.local.draws import draw, generator
 from crucible_framework.backends.local.kv import PAGE, Pages
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
-from crucible_framework.backends.local.steps import Chunk, Steps, TorchSteps
+from crucible_framework.backends.local.steps import Chunk, Steps
+from crucible_framework.backends.local.torch_steps import TorchSteps
 from crucible_framework.config import places
 from crucible_framework.errors import BackendError, CapabilityError
 from crucible_framework.records import LoraConfig, SamplingParams

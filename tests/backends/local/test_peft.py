@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from crucible_framework.backends.local import LocalBackend
-from crucible_framework.backends.local.bases import tiny_model
+from crucible_framework.backends.local.loading import tiny_model
 from crucible_framework.protocols import GradientHook, Gradients, Report
 from crucible_framework.records import AdamConfig, Batch, Datum, LoraConfig
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from crucible_framework.backends.local import LocalBackend, compiled, drawing, sampling, steps
+from crucible_framework.backends.local import LocalBackend, compiled, drawing, sampling, steps, torch_steps
 from crucible_framework.backends.local.kv import Pages
 from crucible_framework.backends.local.session import LocalSession
 from crucible_framework.errors import ConfigError, DataError, NumericError
@@ -159,7 +159,7 @@ def batches(session: LocalSession) -> list[drawing.Batch]:
 def counted(monkeypatch: pytest.MonkeyPatch, before: Callable[[], None] = lambda: None) -> list[list[int]]:
     """Per step, how many tokens of each sample are computed."""
     found = list[list[int]]()
-    for kind in (compiled.NativeSteps, steps.TorchSteps):
+    for kind in (compiled.NativeSteps, torch_steps.TorchSteps):
 
         def logits(self: steps.Steps, chunks: Sequence[steps.Chunk], pages: Pages, *, theirs: Callable[..., torch.Tensor] = kind.logits) -> torch.Tensor:
             before()
@@ -203,7 +203,7 @@ def test_long_prompts_are_read_in_pieces_while_others_go_on(session: LocalSessio
     sampler = session.sampler()
     alone = [sampler.sample(prompt, params).result()[0] for prompt in prompts]
     fresh(session)
-    for kind in (compiled.NativeSteps, steps.TorchSteps):
+    for kind in (compiled.NativeSteps, torch_steps.TorchSteps):
         monkeypatch.setattr(kind, "chunk", 24)
     seen = counted(monkeypatch)
     let_go = hold(session)
@@ -361,7 +361,7 @@ def test_an_engine_failure_reaches_every_request(shared: LocalBackend, held: Cal
     sampler = shared.sampler("tiny")
     futures = [sampler.sample("hi", SamplingParams(max_tokens=3)), sampler.sample("you", SamplingParams(max_tokens=3), n=2)]
     scored = [sampler.compute_logprobs("hi", "x"), sampler.compute_logprobs("hi", "y")]
-    for kind in (compiled.NativeSteps, steps.TorchSteps):
+    for kind in (compiled.NativeSteps, torch_steps.TorchSteps):
         monkeypatch.setattr(kind, "draw", broken)
     monkeypatch.setattr(sampling, "completion_logprobs", broken)
     held()

@@ -108,7 +108,7 @@ def test_the_wheel_is_converted_once_and_published(offline: Path, tmp_path: Path
         with LocalBackend(threads=1, cache=tmp_path / "cache") as backend:
             assert backend.train(name, LoraConfig()).base.source == smollm.HUB_ID
     assert made == [b"GGUF nonsense"]
-    assert sorted(path.name for path in (tmp_path / "cache" / "models").iterdir()) == [".smollm2-135m.lock", "smollm2-135m"]
+    assert sorted(path.name for path in (tmp_path / "cache" / "models").iterdir()) == [".smollm2-135m.checked.json", ".smollm2-135m.lock", "smollm2-135m"]
     assert (tmp_path / "cache" / "models" / "smollm2-135m" / "manifest.json").is_file()
 
 

@@ -7,9 +7,7 @@ the output layer applied to the last hidden state (Llama, Qwen, Mistral, SmolLM,
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ...data.tokens import ByteTokenizer, HuggingFaceTokenizer
-from ...errors import ConfigError, CorruptError, NotFoundError, UnknownNameError
+from ...errors import ConfigError, UnknownNameError
 from ...events import span
-from ...files import read_json, storage_errors, verify
+from ...files import storage_errors
 from ...losses.apply import target_logprobs
 from ...protocols import Tokenizer
 from ...records import record
@@ -28,6 +26,7 @@ from .decoder import Decoder
 from .hub import snapshot
 from .kernels import target_scores
 from .layout import TOKENS_PER_SLICE, Pass
+from .loading import TINY_CONTEXT, head_name, hidden_by_modules, probe, read_folder, tiny_model
 from .lora import Slot, install
 from .sizes import ITEM_BYTES, check_memory, fitting_dtype, room_to_pack, weights_in
 from .walks import Span, Walks
@@ -35,10 +34,9 @@ from .walks import Span, Walks
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["Base", "canonical", "load_base", "load_tokenizer", "tiny_model"]
+__all__ = ["ALIASES", "TINY", "Base", "canonical", "load_base", "load_tokenizer", "locate"]
 
 TINY = "tiny"
-TINY_CONTEXT = 2048
 SMOLLM = "smollm2-135m"
 ALIASES = {SMOLLM: SMOLLM, smollm.HUB_ID: SMOLLM}
 
@@ -110,13 +108,12 @@ class Base:
         Args:
             ids: the tokens.
             cache: keys and values of earlier tokens; those of `ids` are added to it.
-            mask: bool [B, earlier + L], False where the cache holds padding; or float [B, 1, L, L], added to the attention's scores.
+            mask: bool [B, earlier + L], False where the cache holds padding, for single tokens; or float [B, 1, L, L], added to the attention's scores.
             places: int64 [B, L], each token's position in its sequence; counted on from the cache's length where None.
             spans: of packed rows, which tokens of the flattened ids see each other; only with a decoder of our own.
         """
-        padded = mask is not None and not mask.is_floating_point() and ids.shape[1] > 1
-        if self.decoder is None or padded or (cache is not None and torch.is_grad_enabled()):
-            return _hidden(self.model, ids, cache, mask, places)
+        if self.decoder is None:
+            return hidden_by_modules(self.model, ids, cache, mask, places)
         return self.decoder.hidden(ids, cache, mask=mask, places=places, spans=spans)
 
     def read(self, one: Pass, cache: Cache | None = None) -> Tensor:
@@ -138,29 +135,6 @@ class Base:
     @property
     def _adapted_head(self) -> bool:
         return self.slot.names(self.head)
-
-
-def _hidden(model: nn.Module, ids: Tensor, cache: Cache | None = None, mask: Tensor | None = None, places: Tensor | None = None) -> Tensor:
-    backbone = cast("Callable[[], nn.Module]", model.get_decoder)()
-    key = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"  # renamed in transformers 5
-    given = {key: cache} if cache is not None else {}
-    return cast("Tensor", backbone(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=cache is not None, **given).last_hidden_state)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers prints no progress bars and no advice inside the block."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------------------- finding
@@ -186,7 +160,7 @@ def _folder(name: str) -> Path | None:
     return None
 
 
-def _locate(name: str, cache: Path, device_bytes: int | None) -> Path:
+def locate(name: str, cache: Path, device_bytes: int | None) -> Path:
     """The folder with a model's files, made or downloaded where it must be. `device_bytes` is the size of a weight, None for the tokenizer alone."""
     if (folder := _folder(name)) is not None:
         return folder
@@ -198,95 +172,13 @@ def _locate(name: str, cache: Path, device_bytes: int | None) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
-def tiny_model() -> nn.Module:
-    """The built-in Llama: 2 layers, 64 wide, 4 heads on 2 key-value heads, byte vocabulary; the same weights every time.
-
-    Made on the meta device and filled from a private generator, so that the global one is not touched.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    tokenizer = ByteTokenizer()
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=TINY_CONTEXT,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_ids[0],
-        tie_word_embeddings=False,
-    )
-    with torch.device("meta"):
-        model: nn.Module = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    state = {name: torch.ones(p.shape) if p.ndim == 1 else torch.empty(p.shape).normal_(0.0, 0.05, generator=generator) for name, p in model.named_parameters()}
-    model.load_state_dict(state, assign=True)
-    model.get_submodule("model").rotary_emb = LlamaRotaryEmbedding(config)
-    return model.eval()
-
-
-def _from_folder(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """The model of a Hugging Face folder.
-
-    Raises:
-        ConfigError: no config.json, or an architecture that transformers does not know.
-        CorruptError: tensors are missing, broken or of other shapes than the configuration says.
-        BackendError: not enough memory.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        config = read_json(folder / "config.json")
-    except NotFoundError as error:
-        raise ConfigError(f"The model folder {str(folder)!r} has no config.json. Expected the files of a Hugging Face model: download it again.") from error
-    if (folder / "manifest.json").is_file():
-        try:
-            verify(folder)
-        except CorruptError as error:
-            raise CorruptError(f"The model {name!r} is damaged: {error} Delete that folder: it is made again.") from error
-    check_memory(name, weights_in(folder) * ITEM_BYTES[dtype])
-    try:
-        with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-            )
-    except (ValueError, KeyError, ImportError) as error:
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise ConfigError(
-            f"transformers cannot build the model {name!r} (model_type {kind!r}): {_line(error)} "
-            "Expected a causal language model that it knows; code in the folder is not run."
-        ) from error
-    except Exception as error:  # safetensors and torch raise bare errors on broken tensors
-        raise CorruptError(f"The weights in {str(folder)!r} cannot be read: {_line(error)} Download the model again.") from error
-    model, report = cast("tuple[nn.Module, dict[str, set[str]]]", loaded)
-    if missing := sorted(report["missing_keys"]):
-        raise CorruptError(f"The weights in {str(folder)!r} lack {len(missing)} tensors, first {missing[0]!r}. Download the model again.")
-    return model.eval()
-
-
-def _line(error: Exception) -> str:
-    """A library's message as one sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) or type(error).__name__
-    return text if text.endswith((".", "!")) else f"{text}."
-
-
 def load_tokenizer(name: str, *, cache: Path) -> Tokenizer:
     """The tokenizer of a base model, without its weights.
 
     Raises:
         UnknownNameError, ConfigError, ServiceError: as `load_base`.
     """
-    return ByteTokenizer() if name == TINY else HuggingFaceTokenizer(_locate(name, cache, None), name)
+    return ByteTokenizer() if name == TINY else HuggingFaceTokenizer(locate(name, cache, None), name)
 
 
 def load_base(
@@ -316,10 +208,10 @@ def load_base(
         BackendError: the weights do not fit into memory.
     """
     with span("model.loaded", model=name) as opened:
-        model, source, tokenizer, kind = _read(name, cache, dtype, device)
+        model, source, tokenizer, kind = _read(name, cache, dtype, device, modules=engine == "plain")
         model.requires_grad_(requires_grad=False).to(device)
-        head = _head_name(model, name)
-        _probe(model, head, name, device)
+        head = head_name(model, name)
+        probe(model, head, name, device)
         slot, layers = install(model)
         native = cache / "native" if engine == "fast" and device.type == "cpu" else None
         walks = Walks(native)
@@ -349,44 +241,13 @@ def load_base(
         )
 
 
-def _read(name: str, cache: Path, dtype: torch.dtype | None, device: torch.device) -> tuple[nn.Module, str, Tokenizer, torch.dtype]:
-    """A model, what an adapter names as its base, its tokenizer, and its dtype."""
+def _read(name: str, cache: Path, dtype: torch.dtype | None, device: torch.device, *, modules: bool) -> tuple[nn.Module, str, Tokenizer, torch.dtype]:
+    """A model, what an adapter names as its base, its tokenizer, and its dtype; with `modules`, always those of transformers."""
     if name == TINY:
         kind = dtype or fitting_dtype(0, device)
-        return tiny_model().to(kind), TINY, ByteTokenizer(), kind
+        return tiny_model(kind, modules=modules), TINY, ByteTokenizer(), kind
     with storage_errors(cache, "read"):
-        folder = _locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
+        folder = locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
     kind = dtype or fitting_dtype(weights_in(folder), device)
-    return _from_folder(folder, name, kind), smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name), kind
-
-
-def _head_name(model: nn.Module, name: str) -> str:
-    head = cast("Callable[[], nn.Module | None]", model.get_output_embeddings)()
-    found: str | None = next((key for key, module in model.named_modules() if module is head), None)
-    if head is None or found is None:
-        raise ConfigError(f"The model {name!r} has no output layer. Expected a causal language model.")
-    return found
-
-
-@torch.no_grad()
-def _probe(model: nn.Module, head: str, name: str, device: torch.device) -> None:
-    """Checks on four tokens that the logits are the output layer on the last hidden state, also in two parts through a cache.
-
-    Raises:
-        ConfigError: they are not (soft-capped or scaled logits, recurrent layers).
-    """
-    from transformers import DynamicCache
-
-    ids = torch.arange(1, 5, device=device)[None]
-    cache = DynamicCache()
-    theirs = model(input_ids=ids, use_cache=False).logits.float()
-    try:
-        parts = [_hidden(model, ids), torch.cat([_hidden(model, ids[:, :2], cache), _hidden(model, ids[:, 2:], cache)], dim=1)]
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
-        raise ConfigError(f"The model {name!r} does not run with a key-value cache: {_line(error)} Use a Llama- or Qwen-like decoder.") from error
-    for hidden in parts:
-        ours = model.get_submodule(head)(hidden).float()
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
-            raise ConfigError(
-                f"The model {name!r} changes its logits after the output layer, which the local engine does not. Use a Llama- or Qwen-like model."
-            )
+    model = read_folder(folder, name, kind, modules=modules, ours=name in ALIASES)
+    return model, smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name), kind

@@ -20,6 +20,7 @@ from ...errors import ConfigError
 from .attention import SHORT, Attention, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
 from .lora import Active, LoraLinear, Mixed, Slot
+from .skeleton import FAMILIES
 from .walks import Span, Walks
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "Joint", "Parts"]
 
-FAMILIES = ("llama", "qwen2", "qwen3")
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions that do not change with the length of what is read."""
 RECOMPUTE_ABOVE = 4096
@@ -128,7 +128,7 @@ class Decoder:
         output = cast("LoraLinear", model.get_submodule(head))
         pack = pack and can_pack(output.weight)
         self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack), head
-        self._layers = [self._layer(layer, pack=pack) for layer in cast("nn.ModuleList", model.get_submodule("model.layers"))]
+        self._layers = [self._layer(layer, pack=pack) for layer in model.get_submodule("model.layers").children()]
         self.recompute_above = RECOMPUTE_ABOVE
 
     def kept_bytes(self, tokens: int, longest: int, *, again: bool) -> int:
@@ -210,8 +210,13 @@ class Decoder:
             mask: bool [B, earlier + L] where L is 1, or float [B, 1, L, L].
             places: int64 [1 or B, L].
             spans: which tokens of the flattened ids see each other, in place of a mask.
+
+        Raises:
+            NotImplementedError: padding before several new tokens, or a gradient through a cache; nothing here asks for them.
         """
         rows, length = ids.shape
+        if (mask is not None and not mask.is_floating_point() and length > 1) or (cache is not None and torch.is_grad_enabled()):
+            raise NotImplementedError("The decoder reads padding before single tokens only, and a cache only without a gradient.")
         earlier = cache.get_seq_length() if cache is not None else 0
         if places is None:
             places = torch.arange(earlier, earlier + length, device=ids.device)[None]

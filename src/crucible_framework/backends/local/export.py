@@ -19,8 +19,9 @@ from ...data.byte_files import byte_tokenizer_files
 from ...errors import CapabilityError, ConfigError, NotFoundError
 from ...records import Checkpoint, record
 from .adapters import ADAPTER, CONFIG, read_snapshot
-from .bases import TINY, _from_folder, _head_name, _locate, _quiet, canonical, tiny_model
+from .bases import ALIASES, TINY, canonical, locate
 from .gguf_files import Kept, write_adapter_gguf, write_model_gguf
+from .loading import head_name, quiet, read_folder, tiny_model
 from .lora import Adapter, layer_names, tensor_name
 
 __all__ = ["Format", "Precision", "export_checkpoint"]
@@ -119,9 +120,9 @@ def _peft(checkpoint: Checkpoint, to: Path) -> None:
 
 def _load(checkpoint: Checkpoint) -> _Loaded:
     name = canonical(checkpoint.base_model)
-    folder = None if name == TINY else _locate(name, places().cache, 4)
-    model = tiny_model() if folder is None else _from_folder(folder, name, torch.float32)
-    head = _head_name(model, name)
+    folder = None if name == TINY else locate(name, places().cache, 4)
+    model = tiny_model() if folder is None else read_folder(folder, name, torch.float32, modules=True, ours=name in ALIASES)
+    head = head_name(model, name)
     layers = {key: (module.out_features, module.in_features) for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     adapter = dict(read_snapshot(checkpoint, layers, head, torch.device("cpu"), state=False).adapter)
     names = layer_names(layers, checkpoint.lora, head)
@@ -149,7 +150,7 @@ def _write_folder(loaded: _Loaded, folder: Path, precision: str) -> None:
     dtype = _DTYPES[precision]
     model = loaded.model.to(dtype)
     setattr(model.config, "dtype", dtype)  # noqa: B010 - transformers' own, which type checkers take for a module
-    with _quiet():
+    with quiet():
         model.save_pretrained(str(folder), max_shard_size="4GB")  # type: ignore[operator] # transformers' own
     _write_tokenizer(loaded.folder, folder)
 

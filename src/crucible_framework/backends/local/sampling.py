@@ -19,7 +19,7 @@ from .compiled import NativeSteps
 from .drawing import Batch
 from .engine import check_tokens, completion_logprobs
 from .lora import Active
-from .steps import Steps, TorchSteps
+from .steps import Steps
 
 __all__ = ["Answer", "Ask", "Frozen", "LocalSampler", "Sampling"]
 
@@ -155,7 +155,11 @@ class Sampling:
                 f"{base.name!r} cannot be sampled with int8 weights here; expected a model of the Llama or Qwen family, a processor and a C++ compiler. "
                 "Install g++ (the event 'native.unavailable' says what was missing), or take dtype='bfloat16'."
             )
-        return native or TorchSteps(base)
+        if native is not None:
+            return native
+        from .torch_steps import TorchSteps  # imports transformers, which takes longer than a short answer
+
+        return TorchSteps(base)
 
     def _scorer(self, base: Base) -> Scorer:
         """Log-probs by the weights that are sampled: those of training, or those rounded to int8."""
