@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from crucible_framework.backends.local import engine
-from crucible_framework.backends.local.bases import Base, load_base
+from crucible_framework.backends.local.bases import Base, load_base, locate
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.optim import adamw, fresh, global_norm
 from crucible_framework.config import places
@@ -234,7 +234,7 @@ def main() -> None:
     chosen = (("fast bf16", "fast", BF16), ("torch bf16", "torch", BF16), ("fast fp32", "fast", FP32))
     bases = {name: (load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine=kind), dtype) for name, kind, dtype in chosen}
     fast = bases["fast bf16"][0]
-    folder = str(getattr(fast.model.config, "_name_or_path", given.model))
+    folder = str(locate(given.model, cache, None))
     budget_s = 240.0 if given.full else 60.0
     rows = training(bases, folder, budget_s=budget_s) + sessions(fast, budget_s=budget_s / 4)
     rates = ", ".join(f"{name} {gemm_rate(dtype) / 1e9:.0f}" for name, dtype in (("fp32", FP32), ("bf16", BF16)))

@@ -25,8 +25,10 @@ import numpy as np
 import torch
 
 from crucible_framework.backends.local import LocalBackend, engine
+from crucible_framework.backends.local.bases import locate
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.sampling import Frozen, LocalSampler
+from crucible_framework.config import places
 from crucible_framework.losses import resolve
 from crucible_framework.records import Batch, Datum, LoraConfig, SamplingParams
 
@@ -253,7 +255,7 @@ def main() -> None:
     if given.only in (None, "decoding"):
         from transformers import AutoModelForCausalLM
 
-        folder = str(getattr(backends["bfloat16"]._base(given.model).model.config, "_name_or_path", given.model))
+        folder = str(locate(given.model, places().cache, None))
         kinds = {"generate float32": torch.float32, "generate bfloat16": torch.bfloat16}
         peers = {name: AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True).eval() for name, kind in kinds.items()}
         rows += decoding(backends, given.model, peers, budget_s)

@@ -361,11 +361,11 @@ def test_a_folder_of_our_cache_is_compared_with_its_manifest_once(folder: Path, 
 
     monkeypatch.setattr(loading, "verify", verify)
     for _ in range(3):
-        loading.read_folder(kept, "kept", torch.float32, modules=False, ours=True)
+        loading.read_folder(kept, "kept", torch.float32, cache=tmp_path, ours=True)
     assert compared == [kept]
-    loading.read_folder(kept, "kept", torch.float32, modules=False, ours=False)
+    loading.read_folder(kept, "kept", torch.float32, cache=tmp_path, ours=False)
     assert compared == [kept, kept]
     weights = kept / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(CorruptError, match="Delete that folder: it is made again"):
-        loading.read_folder(kept, "kept", torch.float32, modules=False, ours=True)
+        loading.read_folder(kept, "kept", torch.float32, cache=tmp_path, ours=True)

@@ -249,5 +249,5 @@ def _read(name: str, cache: Path, dtype: torch.dtype | None, device: torch.devic
     with storage_errors(cache, "read"):
         folder = locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
     kind = dtype or fitting_dtype(weights_in(folder), device)
-    model = read_folder(folder, name, kind, modules=modules, ours=name in ALIASES)
+    model = read_folder(folder, name, kind, cache=None if modules else cache, ours=name in ALIASES)
     return model, smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name), kind

@@ -59,7 +59,7 @@ class Joint:
         weight, bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
         sizes = [layer.linear.out_features for layer in layers]
         if len(layers) > 1:
-            weight = torch.cat([layer.linear.weight.detach() for layer in layers])
+            weight = _joined([layer.linear.weight.detach() for layer in layers])
             for layer, part in zip(layers, torch.split(weight, sizes), strict=True):
                 layer.linear.weight = nn.Parameter(part, requires_grad=False)
             if any(layer.linear.bias is not None for layer in layers):
@@ -68,6 +68,15 @@ class Joint:
         ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
         rows = tuple((layer.name, end - size, end) for layer, end, size in zip(layers, ends, sizes, strict=True))
         return cls(Frozen(weight, bias, pack=pack), rows)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices [out, in] as one, without a copy where they stand one after the other in memory."""
+    first, ends = parts[0], [part.data_ptr() + part.nbytes for part in parts]
+    touch = all(part.is_contiguous() and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for part in parts)
+    if touch and all(part.data_ptr() == end for part, end in zip(parts[1:], ends, strict=False)):
+        return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
+    return torch.cat(list(parts))
 
 
 @dataclass(slots=True, eq=False)

@@ -121,7 +121,7 @@ def _peft(checkpoint: Checkpoint, to: Path) -> None:
 def _load(checkpoint: Checkpoint) -> _Loaded:
     name = canonical(checkpoint.base_model)
     folder = None if name == TINY else locate(name, places().cache, 4)
-    model = tiny_model() if folder is None else read_folder(folder, name, torch.float32, modules=True, ours=name in ALIASES)
+    model = tiny_model() if folder is None else read_folder(folder, name, torch.float32, cache=None, ours=name in ALIASES)
     head = head_name(model, name)
     layers = {key: (module.out_features, module.in_features) for key, module in model.named_modules() if isinstance(module, nn.Linear)}
     adapter = dict(read_snapshot(checkpoint, layers, head, torch.device("cpu"), state=False).adapter)

@@ -20,8 +20,9 @@ from ...data.tokens import ByteTokenizer
 from ...errors import ConfigError, CorruptError, NotFoundError, StoreError
 from ...files import read_json, verify, write_json
 from ...records import Json
+from .prepared import prepared_weights
 from .sizes import ITEM_BYTES, check_memory, weights_in
-from .skeleton import Skeleton, known, read_weights, shapes, skeleton
+from .skeleton import Skeleton, known, shapes, skeleton
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -76,14 +77,14 @@ def tiny_model(dtype: torch.dtype = torch.float32, *, modules: bool = True) -> n
     return model.eval()
 
 
-def read_folder(folder: Path, name: str, dtype: torch.dtype, *, modules: bool, ours: bool) -> nn.Module:
+def read_folder(folder: Path, name: str, dtype: torch.dtype, *, cache: Path | None, ours: bool) -> nn.Module:
     """The model of a Hugging Face folder.
 
     Args:
         folder: its files.
         name: of the model, for messages.
         dtype: of the weights.
-        modules: whether transformers' modules are asked for, which can compute by themselves.
+        cache: where prepared weights are kept; None: transformers' modules are asked for, which can compute by themselves.
         ours: whether the folder stands in our cache: bytes that were found whole are then not read again until a file's time or size changes.
 
     Raises:
@@ -101,9 +102,9 @@ def read_folder(folder: Path, name: str, dtype: torch.dtype, *, modules: bool, o
         except CorruptError as error:
             raise CorruptError(f"The model {name!r} is damaged: {error} Delete that folder: it is made again.") from error
     check_memory(name, weights_in(folder) * ITEM_BYTES[dtype])
-    plan = None if modules else known(config)
+    plan = None if cache is None else known(config)
     try:
-        state = None if plan is None else read_weights(folder, plan, dtype)
+        state = None if plan is None or cache is None else prepared_weights(folder, plan, dtype, cache)
     except Exception as error:  # safetensors raises bare errors on broken tensors
         raise CorruptError(f"The weights in {str(folder)!r} cannot be read: {_line(error)} Download the model again.") from error
     return _by_transformers(folder, name, dtype, config) if plan is None or state is None else skeleton(plan, state)
