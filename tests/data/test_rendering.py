@@ -1,18 +1,27 @@
 """Rendering: weights lie on the completion alone, and cutting takes the prompt's start first."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crucible_framework.data import ByteTokenizer, completion_tokens, load_dataset, render, render_all, render_prompt
+from crucible_framework.data import ByteTokenizer, HuggingFaceTokenizer, completion_tokens, load_dataset, render, render_all, render_prompt, rendering
 from crucible_framework.data.rendering import KEPT_PROMPT
 from crucible_framework.errors import DataError
 from crucible_framework.records import Example, Message
 
+from .tokenizers_for_tests import SMOLLM2, make_folder
+
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40)
 EXAMPLES = st.builds(Example, id=st.just("e"), prompt=TEXTS, target=TEXTS)
 TOKENIZERS = st.booleans().map(lambda chat: ByteTokenizer(chat=chat))
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(make_folder(tmp_path_factory.mktemp("bpe"), SMOLLM2), "bpe")
 
 
 @given(example=EXAMPLES, tokenizer=TOKENIZERS)
@@ -122,3 +131,22 @@ def test_the_shipped_data_renders_whole() -> None:
         assert tokenizer.decode(datum.targets[datum.weights == 1].tolist()) == example.target
         assert isinstance(example.prompt, tuple)
         assert [type(turn) for turn in example.prompt] == [Message, Message]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(st.text(min_size=1, max_size=12), st.sampled_from(["yes", "no", "né", "<|im_end|>"])), min_size=1, max_size=30))
+def test_rows_rendered_together_are_rows_rendered_alone(bpe: HuggingFaceTokenizer, rows: list[tuple[str, str]]) -> None:
+    """Across the borders of the parts that are encoded together, with equal texts among them."""
+    examples = [Example(id=str(i), prompt=prompt, target=target) for i, (prompt, target) in enumerate(rows)]
+    with mock.patch.object(rendering, "_TOGETHER", 7):
+        found = render_all(examples, bpe).data
+    for one, example in zip(found, examples, strict=True):
+        alone = render(example, bpe)
+        assert one.id == alone.id
+        assert all(np.array_equal(getattr(one, part), getattr(alone, part)) for part in ("tokens", "targets", "weights"))
+
+
+def test_the_row_that_cannot_be_encoded_is_named(bpe: HuggingFaceTokenizer) -> None:
+    examples = [Example(id=str(i), prompt="\ud800" if i == 3 else "a", target="b") for i in range(6)]
+    with pytest.raises(DataError, match="Example '3'"):
+        render_all(examples, bpe)

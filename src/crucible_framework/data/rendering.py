@@ -5,6 +5,7 @@ This file does not know models, templates or batches.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -12,12 +13,16 @@ import numpy as np
 from ..errors import DataError
 from ..protocols import Tokenizer
 from ..records import Datum, Example, record
-from .tokens import completion_tokens, render_prompt
+from .tokens import completion_tokens, completions_tokens, render_prompt, render_prompts
 
 __all__ = ["KEPT_PROMPT", "Rendered", "render", "render_all"]
 
 KEPT_PROMPT = 8
 """A prompt that is too long keeps at least this many of its last tokens: the turn that asks for the answer."""
+
+
+_TOGETHER = 4096
+"""Examples whose texts are encoded together."""
 
 
 @record
@@ -33,6 +38,11 @@ class Rendered:
 def _render(example: Example, tokenizer: Tokenizer, max_length: int | None) -> tuple[Datum, bool, bool]:
     prompt = _named(example, lambda: render_prompt(example.prompt, tokenizer))
     completion = _named(example, lambda: completion_tokens(example.target, tokenizer))
+    return _joined(example, prompt, completion, max_length)
+
+
+def _joined(example: Example, prompt: list[int], completion: list[int], max_length: int | None) -> tuple[Datum, bool, bool]:
+    """The datum of an example's tokens, and whether its prompt and its completion were cut."""
     if not prompt or not completion:
         what = "completion" if prompt else "prompt"
         raise DataError(f"Example {example.id!r} has a {what} of no tokens. Expected at least one: give it text.")
@@ -46,10 +56,10 @@ def _render(example: Example, tokenizer: Tokenizer, max_length: int | None) -> t
                 f"fits into max_length {max_length}. Raise max_length to at least {kept}."
             )
         prompt, completion = prompt[-kept:], completion[:room]
-    full = [*prompt, *completion]
+    full = np.array([*prompt, *completion], dtype=np.int64)
     weights = np.zeros(len(full) - 1, dtype=np.float32)
     weights[len(prompt) - 1 :] = 1.0
-    datum = Datum(id=example.id, tokens=np.array(full[:-1], dtype=np.int32), targets=np.array(full[1:], dtype=np.int64), weights=weights)
+    datum = Datum(id=example.id, tokens=full[:-1].astype(np.int32), targets=full[1:], weights=weights)
     return datum, len(prompt) < lengths[0], len(completion) < lengths[1]
 
 
@@ -88,7 +98,14 @@ def render_all(dataset: Iterable[Example], tokenizer: Tokenizer, max_length: int
     Raises:
         DataError: no prompt, a template that refuses it, or nothing of the completion fits; the message names the example.
     """
-    rows = [_render(example, tokenizer, max_length) for example in dataset]
+    rows, examples = list[tuple[Datum, bool, bool]](), iter(dataset)
+    while some := list(itertools.islice(examples, _TOGETHER)):
+        try:
+            prompts, completions = render_prompts((one.prompt for one in some), tokenizer), completions_tokens([one.target for one in some], tokenizer)
+        except DataError:  # which one it is, is said by those who come one by one
+            rows += [_render(example, tokenizer, max_length) for example in some]
+        else:
+            rows += [_joined(*parts, max_length) for parts in zip(some, prompts, completions, strict=True)]
     return Rendered(
         data=tuple(datum for datum, _, _ in rows),
         prompts_cut=sum(prompt for _, prompt, _ in rows),

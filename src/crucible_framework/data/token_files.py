@@ -6,7 +6,7 @@ This file does not know chat templates' rendering, nor which tokens end a turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,10 @@ class TokenizerFile:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of the text."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, none added, on all cores."""
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         """The text of token ids; spaces are left as they are."""

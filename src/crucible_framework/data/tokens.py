@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from .token_files import TokenizerFile
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["ByteTokenizer", "HuggingFaceTokenizer", "completion_tokens", "render_prompt"]
+__all__ = ["ByteTokenizer", "HuggingFaceTokenizer", "completion_tokens", "completions_tokens", "render_prompt", "render_prompts"]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -128,9 +128,9 @@ class HuggingFaceTokenizer:
         self.folder = folder
         self._name = name
         self._lock = threading.Lock()
-        self._loaded: tuple[_AutoTokenizer, tuple[int, ...]] | None = None
+        self._loaded: tuple[_AutoTokenizer | TokenizerFile, tuple[int, ...]] | None = None
 
-    def _load(self) -> tuple[_AutoTokenizer, tuple[int, ...]]:
+    def _load(self) -> tuple[_AutoTokenizer | TokenizerFile, tuple[int, ...]]:
         with self._lock:
             if self._loaded is None:
                 self._loaded = _load_folder(self.folder, self._name)
@@ -178,16 +178,30 @@ class HuggingFaceTokenizer:
         except (UnicodeEncodeError, TypeError) as error:
             raise DataError(f"The text cannot be encoded: {error}. Expected valid Unicode: read the text as UTF-8.") from error
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores.
+
+        Raises:
+            DataError: a text is not valid Unicode.
+        """
+        loaded = self._load()[0]
+        if not isinstance(loaded, TokenizerFile):
+            return [self.encode(text) for text in texts]
+        try:
+            return loaded.encode_all(texts)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise DataError(f"A text cannot be encoded: {error}. Expected valid Unicode: read the text as UTF-8.") from error
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._load()[0].decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _load_folder(folder: Path, name: str) -> tuple[_AutoTokenizer, tuple[int, ...]]:
+def _load_folder(folder: Path, name: str) -> tuple[_AutoTokenizer | TokenizerFile, tuple[int, ...]]:
     if not folder.is_dir():
         raise NotFoundError(f"The tokenizer of {name!r} is not at {str(folder)!r}. Expected a folder with 'tokenizer.json'.")
     try:
-        loaded = cast("_AutoTokenizer", TokenizerFile.of(folder) or _by_transformers(folder))
+        loaded = TokenizerFile.of(folder) or _by_transformers(folder)
         loaded.encode("a", add_special_tokens=False)  # the first call may switch truncation off, which is not thread-safe
         return loaded, _end_ids(loaded, folder)
     except ImportError as error:
@@ -202,7 +216,7 @@ def _by_transformers(folder: Path) -> _AutoTokenizer:
     return cast("_AutoTokenizer", AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
 
 
-def _end_ids(tokenizer: _AutoTokenizer, folder: Path) -> tuple[int, ...]:
+def _end_ids(tokenizer: _AutoTokenizer | TokenizerFile, folder: Path) -> tuple[int, ...]:
     vocabulary = tokenizer.get_vocab()
     template = tokenizer.chat_template
     source = template.get("default", "") if isinstance(template, Mapping) else template or ""
@@ -273,11 +287,6 @@ def _chat_text(messages: Sequence[Message], source: str, tokenizer: Tokenizer) -
         ) from error
 
 
-def _raw(text: str, tokenizer: Tokenizer) -> list[int]:
-    tokens = tokenizer.encode(text)
-    return tokens if tokenizer.bos_id is None else [tokenizer.bos_id, *tokens]
-
-
 def _plain_text(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
     """Instruction and question, a line end after each; turns of others cannot be told apart without a template."""
     roles = [message.role for message in messages]
@@ -301,6 +310,22 @@ def _given_ids(prompt: Sequence[object], tokenizer: Tokenizer) -> list[int]:
     return list(cast("Sequence[int]", prompt))
 
 
+def _written(prompt: Prompt, tokenizer: Tokenizer) -> tuple[str, bool] | list[int]:
+    """The prompt's text, and whether the beginning-of-text token comes before it; or the token ids that it is."""
+    if not prompt:
+        raise DataError(f"The prompt is {prompt!r}. Expected text, Messages or token ids: give at least one character.")
+    template = tokenizer.chat_template
+    if isinstance(prompt, str):
+        if template is None:
+            return prompt, True
+        messages: tuple[Message, ...] = (Message(role="user", content=prompt),)
+    elif all(isinstance(turn, Message) for turn in prompt):
+        messages = cast("tuple[Message, ...]", prompt)
+    else:
+        return _given_ids(prompt, tokenizer)
+    return (_plain_text(messages, tokenizer), True) if template is None else (_chat_text(messages, template, tokenizer), False)
+
+
 def render_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """The prompt's tokens, for training and for sampling alike.
 
@@ -312,25 +337,36 @@ def render_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     Raises:
         DataError: an empty prompt, a longer chat without a chat template, a template that refuses the turns, or an id outside the vocabulary.
     """
-    if not prompt:
-        raise DataError(f"The prompt is {prompt!r}. Expected text, Messages or token ids: give at least one character.")
-    template = tokenizer.chat_template
-    if isinstance(prompt, str):
-        if template is None:
-            return _raw(prompt, tokenizer)
-        messages: tuple[Message, ...] = (Message(role="user", content=prompt),)
-    elif all(isinstance(turn, Message) for turn in prompt):
-        messages = cast("tuple[Message, ...]", prompt)
-    else:
-        return _given_ids(prompt, tokenizer)
-    if template is None:
-        return _raw(_plain_text(messages, tokenizer), tokenizer)
-    tokens = tokenizer.encode(_chat_text(messages, template, tokenizer))
-    if not tokens:
-        raise DataError(f"The chat template of {tokenizer.name!r} renders the prompt to no tokens. Use another model, or give token ids.")
-    return tokens
+    return render_prompts((prompt,), tokenizer)[0]
+
+
+def render_prompts(prompts: Iterable[Prompt], tokenizer: Tokenizer) -> list[list[int]]:
+    """`render_prompt` of each; texts are encoded together."""
+    written = [_written(prompt, tokenizer) for prompt in prompts]
+    encoded = iter(encode_all([one[0] for one in written if isinstance(one, tuple)], tokenizer))
+    start, found = [] if tokenizer.bos_id is None else [tokenizer.bos_id], list[list[int]]()
+    for one in written:
+        tokens = one if isinstance(one, list) else [*start, *next(encoded)] if one[1] else next(encoded)
+        if not tokens and isinstance(one, tuple) and not one[1]:
+            raise DataError(f"The chat template of {tokenizer.name!r} renders the prompt to no tokens. Use another model, or give token ids.")
+        found.append(tokens)
+    return found
+
+
+def encode_all(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """`tokenizer.encode` of each text; equal ones are encoded once, all together where the tokenizer has `encode_all`."""
+    together, different = getattr(tokenizer, "encode_all", None), list(dict.fromkeys(texts))
+    encoded = together(different) if together is not None and len(different) > 1 else map(tokenizer.encode, different)
+    found: dict[str, list[int]] = dict(zip(different, encoded, strict=True))
+    return [found[text] for text in texts]
 
 
 def completion_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens of an answer, and the token that ends the turn (the first of `eos_ids`), where the tokenizer has one."""
-    return [*tokenizer.encode(text), *tokenizer.eos_ids[:1]]
+    return completions_tokens((text,), tokenizer)[0]
+
+
+def completions_tokens(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """`completion_tokens` of each; texts are encoded together."""
+    end = tokenizer.eos_ids[:1]
+    return [[*tokens, *end] for tokens in encode_all(texts, tokenizer)]
