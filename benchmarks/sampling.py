@@ -1,17 +1,18 @@
 """Sampling by the local engine beside transformers' `generate`, beside llama.cpp, and beside what this machine's memory allows.
 
-usage: python benchmarks/sampling.py [--full] [--model NAME] [--threads N] [--only CASE] [--gguf FILE] [--save NAME]
+usage: python benchmarks/sampling.py [--full] [--model NAME] [--threads N] [--only CASE] [--save NAME]
 
 All contenders take turns in one process; every figure is a median over rounds, every ratio the median over pairs of neighbours. Five rounds,
 or one minute per case (four with --full) and the round it is in. `generate` runs in fp32 and bf16; ratios are to the better one. "of the
 memory limit" is the rate at which the weights are read, by that at which two threads read memory, measured between the rounds. Rows of the
-batch want 16 to 128 new tokens; `generate` pads and draws until the longest is done. llama.cpp takes part where `llama_cpp` can be imported
-and --gguf names a Q8_0 file. With one thread CPU seconds are counted, not those of the wall. --save NAME writes benchmarks/results/NAME.json.
+batch want 16 to 128 new tokens; `generate` pads and draws until the longest is done. llama.cpp takes part where `xllamacpp` is
+installed, with the same weights as Q8_0. With one thread CPU seconds are counted, not those of the wall. --save NAME writes benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import sys
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch
 
 from crucible_framework.backends.local import LocalBackend, engine
 from crucible_framework.backends.local.bases import locate
+from crucible_framework.backends.local.export import export_checkpoint
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.sampling import Frozen, LocalSampler
 from crucible_framework.config import places
@@ -200,24 +203,32 @@ def prompts_and_scores(backend: LocalBackend, model: str, budget_s: float) -> li
     return rows + lines_of("64 x 200 tokens", *found, peers=["training forward"], read={})
 
 
-def against_llama(backends: Mapping[str, LocalBackend], model: str, gguf: str, threads: int, budget_s: float) -> list[dict[str, Any]]:
-    """int8 beside llama.cpp's Q8_0: drawing one sample, and reading a prompt."""
-    from llama_cpp import Llama
+def against_llama(backends: Mapping[str, LocalBackend], model: str, threads: int, budget_s: float) -> list[dict[str, Any]]:
+    """int8 beside llama.cpp's Q8_0 of the same weights: drawing one sample, and reading a prompt."""
+    import xllamacpp
 
-    llama: Any = Llama(gguf, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False)
-    asked = list(prompts(1)[0])
-    fresh = np.random.default_rng(4)
+    with TemporaryDirectory() as folder:
+        session = backends["float32"].train(model, LoraConfig(rank=1, target_modules=("q_proj",)))  # B is zero: it changes nothing
+        plain = backends["float32"].download(session.save("plain", "sampler").result(), Path(folder) / "plain")
+        session.close()
+        params = xllamacpp.CommonParams()
+        params.model.path = str(export_checkpoint(plain, Path(folder) / "model.gguf", "gguf", precision="q8_0"))
+        params.n_ctx, params.n_parallel = 2048, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        server = xllamacpp.Server(params)
+    asked, fresh = list(prompts(1)[0]), np.random.default_rng(4)
+
+    def theirs(prompt: list[int], length: int) -> None:
+        request = {"prompt": prompt, "n_predict": length, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+        found = server.handle_completions(request)
+        assert found["usage"]["completion_tokens"] == length, found
 
     def drawing() -> float:
-        llama.reset()
-        for made, _ in enumerate(llama.generate(asked, temp=0.0), 1):
-            if made == 64:
-                break
+        theirs(asked, 64)
         return 64.0
 
     def reading() -> float:
-        llama.reset()
-        llama.eval(fresh.integers(10, 40000, 512).tolist())
+        theirs(fresh.integers(10, 40000, 512).tolist(), 1)
         return 512.0
 
     def mine(backend: LocalBackend) -> Run:
@@ -245,7 +256,6 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--only", choices=("decoding", "adapters", "prompts", "llama"))
-    parser.add_argument("--gguf")
     parser.add_argument("--save", metavar="NAME")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -263,8 +273,8 @@ def main() -> None:
         rows += adapters(backends["bfloat16"], given.model, budget_s)
     if given.only in (None, "prompts"):
         rows += prompts_and_scores(backends["bfloat16"], given.model, budget_s)
-    if given.gguf and given.only in (None, "llama"):
-        rows += against_llama(backends, given.model, given.gguf, given.threads, budget_s)
+    if importlib.util.find_spec("xllamacpp") and given.only in (None, "llama"):
+        rows += against_llama(backends, given.model, given.threads, budget_s)
     print(f"{given.model}, {given.threads} threads, torch {torch.__version__}, memory {read_rate() / 1e9:.1f} GB/s at the end\n")
     print(table(rows))
     if given.save:
