@@ -26,6 +26,8 @@ SERVER = f"""
 port = 0
 folder = "kept"
 models = ["tiny", "smollm2-135m"]
+[options]
+dtype = "float32"  # what the checks of numbers hold to; bf16 differs by some hundredths of a nat between sampler and trainer
 [aliases]
 "{TINY}" = "tiny"
 "{SMALL}" = "smollm2-135m"

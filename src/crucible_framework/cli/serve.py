@@ -35,7 +35,7 @@ def serve(
     """Serve models over the Tinker protocol and an OpenAI-compatible one, until Ctrl-C.
 
     Args:
-        config: TOML with keys of ServeConfig, and `[aliases]`.
+        config: TOML with keys of ServeConfig, `[aliases]`, and `[options]` of the backend (`dtype = "float32"`).
         host: any address but this machine's own needs keys.
         port: 0 takes a free one.
         folder: runs, checkpoints and keys.
@@ -66,7 +66,7 @@ def serve(
         ends.append(end)
         return both
 
-    with logged(chosen.folder / "log.jsonl"), connect(backend) as engine, run_server(engine, chosen, background=False, front=front) as server:
+    with logged(chosen.folder / "log.jsonl"), connect(backend, **chosen.options) as engine, run_server(engine, chosen, background=False, front=front) as server:
         keys = "keys are needed" if keys_of(chosen).list() else "open to programs on this machine"
         print(f"Serving {backend} at {server.url} ({keys}; durable per {chosen.durable}). Ctrl-C ends it.", file=sys.stderr, flush=True)
         if shown:

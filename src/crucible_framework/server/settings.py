@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError
-from ..records import record
+from ..records import Json, record
 
 __all__ = ["ServeConfig"]
 
@@ -38,6 +38,7 @@ class ServeConfig:
         client: what the SDK shall switch on beyond its defaults, by its own names, such as sample_use_retrieve_futures, proto_compress_fwdbwd and
             pjwt_auth_enabled.
         session_s: a session whose client is silent for so long ends; its work is dropped.
+        options: of the backend that `crucible serve` opens, as `connect` takes them: for "local" dtype, threads, activations_bytes and others.
     """
 
     folder: Path = Path("runs/serve")
@@ -60,6 +61,7 @@ class ServeConfig:
     client: Mapping[str, bool] = field(default_factory=dict)
     poll_s: float = 25.0
     session_s: float = 60.0
+    options: Mapping[str, Json] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "answers_bytes", "waiting", "waiting_bytes", "samplers", "places", "training_places", "max_tokens"):
