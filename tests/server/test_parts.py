@@ -23,7 +23,7 @@ from tinker.types._pydantic_types.tensor_data import TensorData as WireTensor
 
 from crucible_framework.cli import serve as command
 from crucible_framework.cli.reply import Reply
-from crucible_framework.errors import AuthError, CapabilityError, ConfigError, CorruptError, DataError, NotFoundError, StorageFullError
+from crucible_framework.errors import AuthError, CapabilityError, ConfigError, CorruptError, DataError, NotFoundError, StorageFullError, UnknownNameError
 from crucible_framework.records import Completion, LoraConfig, StepOutput
 from crucible_framework.server import Keys, ServeConfig
 from crucible_framework.server.ledger import Answer, Gate, failure
@@ -278,11 +278,17 @@ def test_keys_command(tmp_path: Path) -> None:
     assert ask("serve", "keys", "list", "--folder", str(tmp_path)).text == "ann (revoked)"
 
 
+def test_options_go_to_the_backend(tmp_path: Path) -> None:
+    (tmp_path / "serve.toml").write_text('port = 0\n[options]\nlatency = 1\n')
+    with pytest.raises(UnknownNameError, match="Did you mean 'latency_s'"):
+        ask("serve", str(tmp_path / "serve.toml"), "--backend", "fake", "--folder", str(tmp_path / "here"))
+
+
 def test_serve_command_ends_with_a_signal(tmp_path: Path) -> None:
     """It says where it is, answers, and stops cleanly."""
     import httpx
 
-    (tmp_path / "serve.toml").write_text('port = 0\nmodels = ["tiny"]\n[aliases]\n"org/model" = "tiny"\n')
+    (tmp_path / "serve.toml").write_text('port = 0\nmodels = ["tiny"]\n[aliases]\n"org/model" = "tiny"\n[options]\nlatency_s = 0.001\n')
     script = (
         "import sys; from cyclopts import App; from crucible_framework.cli.serve import register; app = App(result_action='return_value'); "
         "register(app); print(app(sys.argv[1:]).text)"

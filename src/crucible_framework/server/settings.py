@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ConfigError
-from ..records import Json, record
+from ..records import record
 
 __all__ = ["ServeConfig"]
 
@@ -61,7 +61,7 @@ class ServeConfig:
     client: Mapping[str, bool] = field(default_factory=dict)
     poll_s: float = 25.0
     session_s: float = 60.0
-    options: Mapping[str, Json] = field(default_factory=dict)
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "answers_bytes", "waiting", "waiting_bytes", "samplers", "places", "training_places", "max_tokens"):
