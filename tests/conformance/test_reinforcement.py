@@ -51,9 +51,8 @@ def test_modes_of_rollouts(cookbook: Cookbook, figures: Figures, mode: str) -> N
 @pytest.mark.parametrize("loss", LOSSES)
 def test_arithmetic_on_the_default_model(small: Cookbook, figures: Figures, loss: str) -> None:
     rows = sums(small, figures, SMALL, f"sums-{loss}", "groups_per_batch=8", "max_tokens=6", "learning_rate=3e-4", "max_steps=4", f"loss_fn={loss}")
-    rewards = [row["env/all/reward/total"] for row in rows]
     assert max(row["optim/kl_sample_train_v2"] for row in rows) < 1e-6
-    assert statistics.mean(rewards[-2:]) > rewards[0] + 0.03
+    assert statistics.mean(ends(rows)[-2:]) > ends(rows)[0] + 0.2, "four steps teach to end in time; which sums come right is chance"
 
 
 @pytest.mark.slow

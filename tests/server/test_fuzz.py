@@ -233,7 +233,7 @@ def test_lives(serving: Serving) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_many_lives(serving: Serving) -> None:
-    live(serving, 150, 40)
+    live(serving, 50, 40)
 
 
 def test_the_document_lists_every_route(raw: Raw) -> None:

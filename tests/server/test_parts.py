@@ -279,7 +279,7 @@ def test_keys_command(tmp_path: Path) -> None:
 
 
 def test_options_go_to_the_backend(tmp_path: Path) -> None:
-    (tmp_path / "serve.toml").write_text('port = 0\n[options]\nlatency = 1\n')
+    (tmp_path / "serve.toml").write_text("port = 0\n[options]\nlatency = 1\n")
     with pytest.raises(UnknownNameError, match="Did you mean 'latency_s'"):
         ask("serve", str(tmp_path / "serve.toml"), "--backend", "fake", "--folder", str(tmp_path / "here"))
 
