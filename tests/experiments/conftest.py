@@ -42,6 +42,7 @@ SAME = (
     "plan.json",
     "findings.json",
     "cells/*.json",
+    "cells/*/votes.jsonl",
     "bases/*.json",
     "cells/*/eval/*",
     "bases/*/eval/*",

@@ -16,7 +16,7 @@ from tests.experiments.conftest import result_bytes, small
 from crucible_framework.errors import ExperimentError
 from crucible_framework.experiments import Experiment, load_study, run
 from crucible_framework.experiments import runner as runner_module
-from crucible_framework.experiments.design import BASE
+from crucible_framework.experiments.arms import BASE
 
 SCRIPT = """
 import sys

@@ -12,11 +12,11 @@ from typing import cast
 
 from ..errors import StatisticsError
 from ..records import Evaluation, Finding
-from ..stats import paired_difference, seeds_and_items
-from .design import BASE
+from ..stats import Side, paired_difference, seeds_and_items, tost
+from .arms import BASE
 from .study import CellResult, Study
 
-__all__ = ["Paired", "Scores", "bounded", "clusters_of", "paired_up", "tested"]
+__all__ = ["Paired", "Scores", "bounded", "clusters_of", "held_to_margin", "paired_up", "tested"]
 
 
 class Scores:
@@ -133,3 +133,16 @@ def tested(name: str, paired: Paired, metric: str, level: float) -> tuple[Findin
     if given is None:
         raise refused or StatisticsError(f"{name!r} has no finding.")
     return given, given
+
+
+def held_to_margin(name: str, paired: Paired, metric: str, level: float, *, margin: float, side: Side) -> Finding:
+    """Whether the difference lies inside ±margin, or on one side of it: about new examples and, with several seeds, new seeds.
+
+    Raises:
+        StatisticsError: too few items or documents, or no spread.
+    """
+    if len(paired.seeds) > 1:
+        before, after, documents = paired.rows()
+        with contextlib.suppress(StatisticsError):
+            return seeds_and_items(name, before, after, clusters=documents, paired_seeds=True, level=level, margin=margin, side=side)
+    return tost(name, paired.before, paired.after, margin=margin, paired=True, clusters=paired.clusters(), level=level, bounded=bounded(metric), side=side)

@@ -6,6 +6,8 @@
 - "halving": after the first seeds the arms with the lowest loss on held-out data go on. These seeds choose and are in no test; the tests use the
   other seeds and the test split, which the choice has not seen.
 
+An ensemble takes no part in the choice, and goes with the first of its members that is dropped.
+
 Every decision follows from results on file alone, so that a study that was killed decides the same again. This file runs no cell.
 
 Source: Lan & DeMets 1983; Jennison & Turnbull 2000 (repeated intervals); Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving).
@@ -22,7 +24,8 @@ from typing import cast
 from .. import files
 from ..errors import StatisticsError
 from ..stats import group_sequential
-from .design import Experiment, less_is_better
+from .arms import less_is_better
+from .design import Experiment
 from .pairs import Scores, paired_up, tested
 from .study import CellResult, Study, result_path
 
@@ -59,7 +62,7 @@ def decide(study: Study, seeds_done: int) -> dict[str, str]:
     rule = study.experiment.stopping
     if rule is None or seeds_done >= len(study.experiment.seeds):
         return {}
-    active = [arm.name for arm in study.experiment.arms() if _complete(study, arm.name, seeds_done)]
+    active = [arm.name for arm in study.experiment.trained() if _complete(study, arm.name, seeds_done)]
     return _halved(study, active, seeds_done) if rule.rule == "halving" else _hopeless(study, active, seeds_done)
 
 
@@ -88,7 +91,7 @@ def _halved(study: Study, active: list[str], seeds_done: int) -> dict[str, str]:
 def _hopeless(study: Study, active: list[str], seeds_done: int) -> dict[str, str]:
     experiment, scores = study.experiment, Scores(study)
     metric, alpha = experiment.primary, alpha_at(experiment, seeds_done)
-    pairs = math.comb(len(experiment.arms()), 2)
+    pairs = math.comb(len(experiment.trained()), 2)
     sign, found = -1.0 if less_is_better(metric) else 1.0, dict[str, str]()
     for a, b in itertools.combinations(active, 2):
         effects, p_values = [], []
@@ -111,10 +114,14 @@ def _hopeless(study: Study, active: list[str], seeds_done: int) -> dict[str, str
 
 def drop(study: Study, decided: Mapping[str, str]) -> int:
     """Writes why each cell that will not run was dropped; gives their number."""
-    dropped = [cell for cell in study.of("pending") if cell.arm in decided]
+    because = dict(decided)
+    for arm in study.experiment.arms():
+        if gone := next((name for name in arm.members if name in decided), ""):
+            because[arm.name] = f"its member {gone} was dropped: {decided[gone]}"
+    dropped = [cell for cell in study.of("pending") if cell.arm in because]
     for cell in dropped:
         body = {
-            "format_version": 1, "id": cell.id, "arm": cell.arm, "seed": cell.seed, "data": cell.data, "status": "dropped", "because": decided[cell.arm],
+            "format_version": 1, "id": cell.id, "arm": cell.arm, "seed": cell.seed, "data": cell.data, "status": "dropped", "because": because[cell.arm],
         }  # fmt: skip
         files.write_json(result_path(study.folder, "cell", cell.id), body)
     return len(dropped)

@@ -21,7 +21,7 @@ from .proportions import chi_square, clopper_pearson, fisher_exact, mcnemar_exac
 from .ranking import Rank, rank_sets, tied_sets
 from .ranks import brunner_munzel, mann_whitney, wilcoxon
 from .sequential import anytime_difference
-from .significance import clustered_t, paired_t, student_t, tost, welch_t
+from .significance import Side, clustered_t, paired_t, student_t, tost, welch_t
 
 __all__ = [
     "Boundaries",
@@ -31,6 +31,7 @@ __all__ = [
     "Plan",
     "Posterior",
     "Rank",
+    "Side",
     "a12",
     "adjust",
     "almost_stochastic_order",
