@@ -146,7 +146,7 @@ def _contrast(scores: Scores, hypothesis: Hypothesis, data: str, *, declared: bo
     plain = replace(plain, seeds=tuple(means), per_seed=tuple(means.values()), note=missing, per_item=each)
     level, held = 1 - alpha_at(experiment, len(paired.seeds)), None
     try:
-        finding, given = tested(name, paired, metric, level)
+        finding, given = tested(name, paired, metric, level, freedom="satterthwaite")
         if hypothesis.margin is not None:
             held = held_to_margin(name, paired, metric, level, margin=hypothesis.margin, side=_side(plain))
     except StatisticsError as error:
@@ -187,7 +187,7 @@ def _judged(scores: Scores, family: Sequence[Contrast]) -> list[Contrast]:
         paired = paired_up(scores, select(scores.arms, hypothesis), one.data, one.metric, kept_seeds(experiment))
         level = 1 - alpha_at(experiment, len(one.seeds)) / len(with_finding)
         if one.margin is None:
-            wide, _ = tested(one.name, paired, one.metric, level)
+            wide, _ = tested(one.name, paired, one.metric, level, freedom="satterthwaite")
         else:
             wide = held_to_margin(one.name, paired, one.metric, level, margin=one.margin, side=_side(one))
         verdict = _verdict(one, p, experiment.alpha)

@@ -22,6 +22,8 @@ from .arms import BASE, Arm, Cell, EnsemblePlan, Hypothesis, member_names, selec
 __all__ = ["Budget", "DataPlan", "Experiment", "Stopping", "experiment_from", "load_experiment"]
 
 NLL = "target_nll"
+FIRST_LOOK = 3
+"""Seeds before "hopeless" looks for the first time."""
 _GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
 
 
@@ -100,7 +102,7 @@ class Stopping:
 
     Attributes:
         rule: "hopeless" drops an arm that is shown to be worse than another; "halving" keeps the best `keep` after `selection` seeds.
-        spending: of α over the looks of "hopeless", one a seed from the second on: "obrien-fleming", "pocock" or "linear".
+        spending: of α over the looks of "hopeless", one a seed from the third on: "obrien-fleming", "pocock" or "linear".
         keep: the share of arms that "halving" keeps, by the best loss on `data.dev`.
         selection: seeds that "halving" chooses by; no test uses them.
     """
@@ -188,7 +190,7 @@ class Experiment:
         rule = self.stopping
         if rule is None:
             return
-        least = 3 if rule.rule == "hopeless" else rule.selection + 1
+        least = FIRST_LOOK + 1 if rule.rule == "hopeless" else rule.selection + 1
         if len(self.seeds) < least or len(arms) < 2:
             raise ConfigError(f"stopping is {rule.rule!r} with {len(self.seeds)} seeds and {len(arms)} arms; expected at least {least} seeds and 2 arms.")
         blind = any(plan.dev is None for plan in self.data) or any(arm.config.eval_interval == 0 for arm in arms)

@@ -69,7 +69,7 @@ def _stopped(study: Study) -> list[str]:
         "these seeds are in no test."
     )
     looked = (
-        f"After each seed from the second on, arms shown to be worse than another were dropped ({dropped} were), by group-sequential looks with "
+        f"After each seed from the third on, arms shown to be worse than another were dropped ({dropped} were), by group-sequential looks with "
         f"{rule.spending} spending of α, divided by the number of pairs; intervals and p-values hold over all looks."
     )
     return [chosen if rule.rule == "halving" else looked]

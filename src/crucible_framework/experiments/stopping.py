@@ -1,8 +1,10 @@
 """Dropping arms before all their seeds have run, so that what is said in the end still holds.
 
-- "hopeless": after each seed from the second on, an arm that is shown to be worse than another one is dropped. Looks are planned (one a seed), so
+- "hopeless": after each seed from the third on, an arm that is shown to be worse than another one is dropped. Looks are planned (one a seed), so
   their levels come from an error-spending function and are divided by the number of pairs: the chance that any arm is dropped for a worse one is
-  at most α. Comparisons in the analysis have the level of the look at which they ended (repeated intervals).
+  at most α. Few seeds tell little of how much seeds vary, so a drop is tested with the least degrees of freedom, seeds - 1, which hold the level
+  however much they do; two seeds could then show nothing, and no α is spent on them. Comparisons in the analysis have the level of the look at
+  which they ended (repeated intervals).
 - "halving": after the first seeds the arms with the lowest loss on held-out data go on. These seeds choose and are in no test; the tests use the
   other seeds and the test split, which the choice has not seen.
 
@@ -10,21 +12,24 @@ An ensemble takes no part in the choice, and goes with the first of its members 
 
 Every decision follows from results on file alone, so that a study that was killed decides the same again. This file runs no cell.
 
-Source: Lan & DeMets 1983; Jennison & Turnbull 2000 (repeated intervals); Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving).
+Source: Lan & DeMets 1983; Jennison & Turnbull 2000 (repeated intervals); Mickey & Brown 1966 (least degrees of freedom);
+Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import cast
+from typing import Literal, cast
 
 from .. import files
 from ..errors import StatisticsError
 from ..stats import group_sequential
 from .arms import less_is_better
+from .design import FIRST_LOOK as FIRST
 from .design import Experiment
 from .pairs import Scores, paired_up, tested
 from .study import CellResult, Study, result_path
@@ -39,7 +44,7 @@ def rungs(experiment: Experiment) -> tuple[tuple[int, ...], ...]:
         return (seeds,)
     if rule.rule == "halving":
         return seeds[: rule.selection], seeds[rule.selection :]
-    return (seeds[:2], *((seed,) for seed in seeds[2:]))
+    return (seeds[:FIRST], *((seed,) for seed in seeds[FIRST:]))
 
 
 def kept_seeds(experiment: Experiment) -> tuple[int, ...]:
@@ -51,10 +56,15 @@ def kept_seeds(experiment: Experiment) -> tuple[int, ...]:
 def alpha_at(experiment: Experiment, seeds: int) -> float:
     """The level of a comparison that ends with so many seeds; α itself where nothing is looked at early."""
     rule, planned = experiment.stopping, len(experiment.seeds)
-    if rule is None or rule.rule != "hopeless" or planned < 3:
+    if rule is None or rule.rule != "hopeless" or planned <= FIRST:
         return experiment.alpha
-    bounds = group_sequential([look / planned for look in range(2, planned + 1)], alpha=experiment.alpha, spending=rule.spending)
-    return bounds.nominal[max(0, min(seeds, planned) - 2)]
+    return _levels(planned, experiment.alpha, rule.spending)[max(0, min(seeds, planned) - FIRST)]
+
+
+@functools.lru_cache(maxsize=64)
+def _levels(planned: int, alpha: float, spending: Literal["obrien-fleming", "pocock", "linear"]) -> tuple[float, ...]:
+    """The level of each look."""
+    return tuple(group_sequential([look / planned for look in range(FIRST, planned + 1)], alpha=alpha, spending=spending).nominal)
 
 
 def decide(study: Study, seeds_done: int) -> dict[str, str]:
@@ -98,7 +108,7 @@ def _hopeless(study: Study, active: list[str], seeds_done: int) -> dict[str, str
         for plan in experiment.data:
             paired = paired_up(scores, ((b, a),), plan.key, metric, experiment.seeds[:seeds_done])
             try:
-                finding, _ = tested(f"{b} − {a}", paired, metric, 1 - alpha / pairs)
+                finding, _ = tested(f"{b} − {a}", paired, metric, 1 - alpha / pairs, freedom="least")
             except StatisticsError:
                 break
             effects.append(sign * finding.effect)

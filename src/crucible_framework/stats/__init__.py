@@ -6,7 +6,7 @@ effect is after - before, no effect is 0, and interval and p-value come from one
 
 from .bayes import Posterior, rope_signed_rank, rope_t
 from .corrections import Correction, adjust
-from .crossed import interquartile_mean, performance_profile, seeds_and_items
+from .crossed import Freedom, interquartile_mean, performance_profile, seeds_and_items
 from .design import Comparison, compare_groups
 from .dominance import almost_stochastic_order
 from .effects import a12, cliffs_delta, cohen_d, eta_squared, glass_delta, hedges_g, odds_ratio, omega_squared, rank_biserial, risk_difference
@@ -28,6 +28,7 @@ __all__ = [
     "Check",
     "Comparison",
     "Correction",
+    "Freedom",
     "Plan",
     "Posterior",
     "Rank",
