@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
 import orjson
 
 from .errors import ConfigError, CrucibleError
 from .records import Json, record
+
+if TYPE_CHECKING:  # pydantic is loaded when the first record is made from plain values
+    from pydantic import TypeAdapter
 
 __all__ = ["Places", "differing_keys", "fingerprint", "from_dict", "load_toml", "merge", "parse_overrides", "places", "to_dict"]
 
@@ -67,9 +71,22 @@ def to_dict(value: object) -> Json:
     return cast("Json", value)
 
 
+@functools.lru_cache(maxsize=256)
+def _adapter(cls: type) -> TypeAdapter[object]:
+    """pydantic's plan for a class, made once: making it takes a hundred times as long as using it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
+@functools.lru_cache(maxsize=256)
+def _hints(cls: type) -> Mapping[str, object]:
+    return get_type_hints(cls)
+
+
 def _check_keys(cls: type, data: Mapping[str, object], prefix: str) -> None:
     names = {f.name for f in dataclasses.fields(cls)}
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in data.items():
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
@@ -85,7 +102,7 @@ def _key(cls: object, loc: Sequence[str | int]) -> str:
     for part in loc:
         if isinstance(cls, type) and dataclasses.is_dataclass(cls):
             parts.append(str(part))
-            cls = get_type_hints(cls).get(str(part))
+            cls = _hints(cls).get(str(part))
         elif isinstance(part, int):
             parts.append(str(part))
     return ".".join(parts)
@@ -97,11 +114,11 @@ def from_dict(cls: type[T], data: Mapping[str, object]) -> T:
     Raises:
         ConfigError: an unknown key (with the nearest one), a value of the wrong type or out of range.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     _check_keys(cls, data, "")
     try:
-        return TypeAdapter(cls).validate_python(dict(data))
+        return cast("T", _adapter(cls).validate_python(dict(data)))
     except ValidationError as error:
         first = error.errors()[0]
         cause = cast("dict[str, object]", first.get("ctx", {})).get("error")

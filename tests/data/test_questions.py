@@ -126,3 +126,35 @@ def test_humaneval_keeps_the_tests_beside_the_prompt(tmp_path: Path) -> None:
     write(tmp_path / "humaneval/HumanEval.jsonl.gz", [dict(problem), dict(problem)])
     with pytest.raises(DataError):
         load_dataset("humaneval", split="test", data=tmp_path)
+
+
+def test_gsm8k_shows_five_solved_problems_and_none_of_them_is_the_question(tmp_path: Path) -> None:
+    rows: list[dict[str, Json]] = [
+        {"question": f"A hen lays {n} eggs a day. How many in 3 days?", "answer": f"3 days give 3*{n}=<<3*{n}={3 * n}>>{3 * n} eggs.\n#### {3 * n}"}
+        for n in range(2, 42)
+    ]  # fmt: skip
+    write(tmp_path / "gsm8k/train.jsonl", rows)
+    write(tmp_path / "gsm8k/test.jsonl", [PROBLEM, {**PROBLEM, "question": "A cow?"}])
+    plain = {split: load_dataset("gsm8k", split=split, data=tmp_path) for split in ("train", "dev", "test")}
+    shown = {split: load_dataset("gsm8k", split=split, task="five_shot", data=tmp_path) for split in plain}
+    held_out = [str(example.meta["question"]) for example in plain["dev"]]
+    assert held_out
+    for split, dataset in shown.items():
+        assert [example.id for example in dataset] == [example.id for example in plain[split]]
+        for example in dataset:
+            blocks = str(example.prompt).split("\n\n")
+            assert len(blocks) == 6
+            assert blocks[-1] == f"Question: {example.meta['question']}\nAnswer:"
+            assert all(block.startswith("Question: ") and "\nAnswer: 3 days" in block and "####" in block and "<<" not in block for block in blocks[:5])
+            assert not any(str(example.meta["question"]) in block for block in blocks[:5]), "a problem is no example for itself"
+            assert not any(question in block for question in held_out for block in blocks[:5]), "dev shows nothing"
+    assert [one.name for one in shown["test"].card.files] == ["train.jsonl", "test.jsonl"]
+    assert [one.name for one in shown["train"].card.files] == ["train.jsonl"]
+
+
+def test_real_gsm8k_shots_are_the_first_of_its_train_part(real_data: Path) -> None:
+    test = load_dataset("gsm8k", split="test", task="five_shot", data=real_data)
+    assert len(test) == 1319
+    train = load_dataset("gsm8k", split="train", data=real_data)
+    head = "\n\n".join(f"Question: {example.meta['question']}\nAnswer: {example.target}" for example in train.examples[:5])
+    assert all(str(example.prompt).startswith(head) for example in test)

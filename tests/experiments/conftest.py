@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from crucible_framework.experiments import DataPlan, Experiment, Hypothesis
+from crucible_framework.experiments import DataPlan, EnsemblePlan, Experiment, Hypothesis
 from crucible_framework.records import AdamConfig, LoraConfig, SamplingParams, TrainConfig
 
 TRAIN = TrainConfig(base_model="tiny", max_steps=6, batch_size=4, checkpoint_interval=2, keep=1, adam=AdamConfig(lr=5e-2), lora=LoraConfig(rank=2))
@@ -32,6 +32,10 @@ def small(**changes: object) -> Experiment:
     return Experiment(**{**plain, **changes})  # type: ignore[arg-type]
 
 
+VOTING: dict[str, object] = {"primary": "label_accuracy", "ensembles": (EnsemblePlan(name="both", members=("lora.rank=2", "lora.rank=8")),)}
+"""Changes that give the small study an ensemble of its two arms."""
+
+
 @pytest.fixture
 def experiment() -> Experiment:
     """The small study."""
@@ -42,6 +46,7 @@ SAME = (
     "plan.json",
     "findings.json",
     "cells/*.json",
+    "cells/*/votes.jsonl",
     "bases/*.json",
     "cells/*/eval/*",
     "bases/*/eval/*",

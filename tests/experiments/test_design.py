@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from crucible_framework.errors import ConfigError, UnknownNameError
 from crucible_framework.experiments import BASE, Budget, DataPlan, Experiment, Hypothesis, experiment_from, load_experiment
-from crucible_framework.experiments.design import select
+from crucible_framework.experiments.arms import select
 from crucible_framework.records import TrainConfig
 
 TOML = """

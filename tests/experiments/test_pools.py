@@ -13,7 +13,7 @@ from types import ModuleType
 
 import orjson
 import pytest
-from tests.experiments.conftest import result_bytes, small
+from tests.experiments.conftest import VOTING, result_bytes, small
 
 from crucible_framework.errors import ConfigError, ExperimentError
 from crucible_framework.experiments import Experiment, analyse, load_study, run
@@ -160,7 +160,8 @@ def test_without_ray_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 @pytest.mark.filterwarnings("ignore")
-def test_real_ray_gives_the_same_study(experiment: Experiment, tmp_path: Path) -> None:
+def test_real_ray_gives_the_same_study(tmp_path: Path) -> None:
+    experiment = small(**VOTING)
     analyse(run(experiment, tmp_path / "ray", jobs=1, executor="ray"))
     assert load_study(tmp_path / "ray").finished
     analyse(run(experiment, tmp_path / "here", jobs=0))

@@ -11,19 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.experiments.conftest import result_bytes, small
+from tests.experiments.conftest import VOTING, result_bytes, small
 
 from crucible_framework.errors import ExperimentError
 from crucible_framework.experiments import Experiment, load_study, run
 from crucible_framework.experiments import runner as runner_module
-from crucible_framework.experiments.design import BASE
+from crucible_framework.experiments.arms import BASE
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from crucible_framework.experiments import run
-from tests.experiments.conftest import small
-study = run(small(seeds=({seeds})), {folder!r}, resume=Path({folder!r}, "plan.json").exists(), jobs=2)
+from tests.experiments.conftest import VOTING, small
+study = run(small(seeds=({seeds}), **{changes}), {folder!r}, resume=Path({folder!r}, "plan.json").exists(), jobs=2)
 sys.exit(3 if study.stopped else 0)
 """
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,9 +40,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def start(folder: Path, seeds: str = "0, 1") -> subprocess.Popen[bytes]:
+def start(folder: Path, seeds: str = "0, 1", changes: str = "{}") -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
-    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(folder=str(folder), seeds=seeds)], env=env)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT.format(folder=str(folder), seeds=seeds, changes=changes)], env=env)
 
 
 def until(condition: object, timeout_s: float = 200.0) -> None:
@@ -113,8 +113,8 @@ def test_workers_that_cannot_start_end_the_study_and_fail_no_cell(monkeypatch: p
 @pytest.mark.slow
 def test_ten_killed_runners_and_twenty_killed_workers(tmp_path: Path) -> None:
     seeds = ", ".join(map(str, range(10)))
-    run(small(seeds=tuple(range(10))), tmp_path / "whole", jobs=0)
-    chance, cut, runners, workers, runner = random.Random(7), tmp_path / "cut", 0, 0, start(tmp_path / "cut", seeds)
+    run(small(seeds=tuple(range(10)), **VOTING), tmp_path / "whole", jobs=0)
+    chance, cut, runners, workers, runner = random.Random(7), tmp_path / "cut", 0, 0, start(tmp_path / "cut", seeds, "VOTING")
     while runner.poll() is None:
         time.sleep(chance.uniform(0.5, 2.5))
         alive = children(runner.pid)
@@ -125,12 +125,12 @@ def test_ten_killed_runners_and_twenty_killed_workers(tmp_path: Path) -> None:
             runner.kill()
             runner.wait()
             runners += 1
-            runner = start(cut, seeds)
+            runner = start(cut, seeds, "VOTING")
         if workers % 2 == 0 and runners < 10 and alive and runner.poll() is None:
             runner.kill()
             runner.wait()
             runners += 1
-            runner = start(cut, seeds)
+            runner = start(cut, seeds, "VOTING")
     assert runner.returncode == 0
     assert (runners, workers) == (10, 20)
     assert result_bytes(cut) == result_bytes(tmp_path / "whole")

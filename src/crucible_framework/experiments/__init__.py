@@ -6,8 +6,9 @@ Importing it loads no torch and no scipy.
 from __future__ import annotations
 
 from .analysis import Analysis, ArmSummary, Contrast, analyse, load_analysis
+from .arms import BASE, Arm, Cell, EnsemblePlan, Hypothesis
 from .cost import CellCost, Cost, Usage, estimate
-from .design import BASE, Arm, Budget, Cell, DataPlan, Experiment, Hypothesis, Stopping, experiment_from, load_experiment
+from .design import Budget, DataPlan, Experiment, Stopping, experiment_from, load_experiment
 from .overview import CellState, StudyOverview, study_overview
 from .rankings import Ranking
 from .runner import run
@@ -27,6 +28,7 @@ __all__ = [
     "Contrast",
     "Cost",
     "DataPlan",
+    "EnsemblePlan",
     "Experiment",
     "Failure",
     "Found",

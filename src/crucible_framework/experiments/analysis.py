@@ -18,10 +18,11 @@ from .. import events, files
 from ..config import from_dict, to_dict
 from ..errors import NotFoundError, StatisticsError
 from ..records import Estimate, Evaluation, Finding, Json, record
-from ..stats import adjust, mean_estimate
+from ..stats import Side, adjust, mean_estimate
 from . import methods
-from .design import BASE, Arm, Experiment, Hypothesis, less_is_better, select
-from .pairs import Scores, bounded, clusters_of, paired_up, tested
+from .arms import BASE, Arm, Claim, Hypothesis, less_is_better, select
+from .design import Experiment
+from .pairs import Scores, bounded, clusters_of, held_to_margin, paired_up, tested
 from .rankings import Ranking, ranking_of
 from .stopping import alpha_at, kept_seeds
 from .study import FINDINGS, CellResult, Study, load_study
@@ -31,7 +32,7 @@ __all__ = ["Analysis", "ArmSummary", "Contrast", "Failed", "analyse", "load_anal
 MANY_ARMS = 6
 """With more arms than that, exploratory comparisons are those with the base and those along one axis, not all pairs."""
 POWER = 0.8
-Verdict = Literal["better", "worse", "not shown", "no result"]
+Verdict = Literal["better", "worse", "equivalent", "noninferior", "not shown", "no result"]
 
 
 @record
@@ -57,11 +58,13 @@ class Contrast:
         finding: the difference better − than, with several seeds about new examples and new seeds at once; None where there is none, and
             `note` says why.
         given_seeds: the same difference for the adapters at hand, so about new examples only.
-        p_adjusted: Holm's over the `family` comparisons of the same kind; where arms may be dropped early, also for the number of looks.
-        simultaneous: an interval that holds for all of the family at once (Bonferroni's level).
+        claim, margin: what was declared: that `better` is better, or equivalent within ±margin, or not worse by the margin.
+        against_margin: the test of such a claim, whose interval of level 1 - 2α lies inside the margin exactly where p < α; None of "better".
+        p_adjusted: of the claim; Holm's over the `family` comparisons of the same kind; where arms may be dropped early, also for the number of looks.
+        simultaneous: an interval that holds for all of the family at once (Bonferroni's level, of a claim with a margin as its test asks).
         per_seed: the difference in each of `seeds`.
         detectable: about the smallest true difference that this design finds with 80 % power.
-        verdict: of `better`, from the adjusted p-value.
+        verdict: of the claim, from the adjusted p-value.
         per_item: example → mean difference over seeds and settings; only of declared comparisons.
     """
 
@@ -72,7 +75,10 @@ class Contrast:
     metric: str
     declared: bool
     because: str = ""
+    claim: Claim = "better"
+    margin: float | None = None
     finding: Finding | None = None
+    against_margin: Finding | None = None
     p_adjusted: float | None = None
     family: int = 0
     simultaneous: tuple[float, float] | None = None
@@ -127,7 +133,10 @@ def _contrast(scores: Scores, hypothesis: Hypothesis, data: str, *, declared: bo
     experiment = scores.study.experiment
     metric = hypothesis.metric or experiment.primary
     name = f"{hypothesis.better} − {hypothesis.than}"
-    plain = Contrast(name=name, better=hypothesis.better, than=hypothesis.than, data=data, metric=metric, declared=declared, because=hypothesis.because)
+    plain = Contrast(
+        name=name, better=hypothesis.better, than=hypothesis.than, data=data, metric=metric, declared=declared, because=hypothesis.because,
+        claim=hypothesis.claims, margin=hypothesis.margin,
+    )  # fmt: skip
     paired = paired_up(scores, select(scores.arms, hypothesis), data, metric, kept_seeds(experiment))
     missing = f"without seed {', '.join(map(str, paired.missing))}: {_why_missing(scores, hypothesis, paired.missing)}" if paired.missing else ""
     if not paired.items:
@@ -135,13 +144,23 @@ def _contrast(scores: Scores, hypothesis: Hypothesis, data: str, *, declared: bo
     means = paired.per_seed()
     each = paired.per_item() if declared else {}
     plain = replace(plain, seeds=tuple(means), per_seed=tuple(means.values()), note=missing, per_item=each)
+    level, held = 1 - alpha_at(experiment, len(paired.seeds)), None
     try:
-        finding, given = tested(name, paired, metric, 1 - alpha_at(experiment, len(paired.seeds)))
+        finding, given = tested(name, paired, metric, level, freedom="satterthwaite")
+        if hypothesis.margin is not None:
+            held = held_to_margin(name, paired, metric, level, margin=hypothesis.margin, side=_side(plain))
     except StatisticsError as error:
         return replace(plain, note="; ".join(filter(None, (str(error), missing))))
     critical = NormalDist().inv_cdf((1 + finding.level) / 2)
     half = (finding.interval[1] - finding.interval[0]) / 2
-    return replace(plain, finding=finding, given_seeds=given, detectable=half * (critical + NormalDist().inv_cdf(POWER)) / critical)
+    return replace(plain, finding=finding, against_margin=held, given_seeds=given, detectable=half * (critical + NormalDist().inv_cdf(POWER)) / critical)
+
+
+def _side(one: Contrast) -> Side:
+    """Which margin a claim asks about."""
+    if one.claim == "equivalent":
+        return "both"
+    return "upper" if less_is_better(one.metric) else "lower"
 
 
 def _why_missing(scores: Scores, hypothesis: Hypothesis, seeds: Sequence[int]) -> str:
@@ -155,7 +174,8 @@ def _judged(scores: Scores, family: Sequence[Contrast]) -> list[Contrast]:
     experiment = scores.study.experiment
     with_finding = [one for one in family if one.finding is not None]
     looks = [experiment.alpha / alpha_at(experiment, len(one.seeds)) for one in with_finding]  # 1 where nothing is looked at early
-    own = [min(1.0, one.finding.p_value * look) for one, look in zip(with_finding, looks, strict=True) if one.finding is not None]
+    asked = [one.against_margin or one.finding for one in with_finding]
+    own = [min(1.0, one.p_value * look) for one, look in zip(asked, looks, strict=True) if one is not None]
     adjusted = iter(adjust(own, "holm"))
     found: list[Contrast] = []
     for one in family:
@@ -166,21 +186,36 @@ def _judged(scores: Scores, family: Sequence[Contrast]) -> list[Contrast]:
         hypothesis = Hypothesis(better=one.better, than=one.than, metric=one.metric)
         paired = paired_up(scores, select(scores.arms, hypothesis), one.data, one.metric, kept_seeds(experiment))
         level = 1 - alpha_at(experiment, len(one.seeds)) / len(with_finding)
-        wide, _ = tested(one.name, paired, one.metric, level)
-        gain = -one.finding.effect if less_is_better(one.metric) else one.finding.effect
-        verdict: Verdict = "not shown" if p > experiment.alpha or gain == 0 else "better" if gain > 0 else "worse"
+        if one.margin is None:
+            wide, _ = tested(one.name, paired, one.metric, level, freedom="satterthwaite")
+        else:
+            wide = held_to_margin(one.name, paired, one.metric, level, margin=one.margin, side=_side(one))
+        verdict = _verdict(one, p, experiment.alpha)
         found.append(replace(one, p_adjusted=p, family=len(with_finding), simultaneous=wide.interval, verdict=verdict))
     return found
 
 
+def _verdict(one: Contrast, p: float, alpha: float) -> Verdict:
+    if p > alpha or one.finding is None:
+        return "not shown"
+    if one.claim != "better":
+        return one.claim
+    gain = -one.finding.effect if less_is_better(one.metric) else one.finding.effect
+    return "not shown" if gain == 0 else "better" if gain > 0 else "worse"
+
+
 def _exploratory(experiment: Experiment, arms: Sequence[Arm]) -> list[Hypothesis]:
-    """Each arm against its base, along each axis, and all pairs of few arms; in the other metrics only against the base."""
+    """Each arm against its base, along each axis, all pairs of few arms, and each ensemble against its members; in the other metrics only against
+    the base."""
     found = [Hypothesis(better=arm.name, metric=experiment.primary) for arm in arms]
-    for parts in _axes(experiment, arms):
+    for parts in _axes(experiment, experiment.trained()):
         found += [Hypothesis(better=other, than=parts[0], metric=experiment.primary) for other in parts[1:]]
     if len(arms) <= MANY_ARMS:
         found += [Hypothesis(better=b.name, than=a.name, metric=experiment.primary) for a, b in itertools.combinations(arms, 2)]
-    found += [Hypothesis(better=arm.name, metric=metric) for metric in experiment.metrics if metric != experiment.primary for arm in arms]
+    else:
+        found += [Hypothesis(better=arm.name, than=member, metric=experiment.primary) for arm in arms for member in arm.members]
+    others = [metric for metric in experiment.metrics if metric != experiment.primary]
+    found += [Hypothesis(better=arm.name, metric=metric) for metric in others for arm in arms if metric in experiment.measured(arm)]
     return found
 
 
@@ -194,8 +229,10 @@ def _axes(experiment: Experiment, arms: Sequence[Arm]) -> list[list[str]]:
 def _contrasts(scores: Scores) -> tuple[Contrast, ...]:
     experiment, arms = scores.study.experiment, scores.arms
 
-    def key(hypothesis: Hypothesis) -> tuple[object, str]:
-        return frozenset(frozenset(pair) for pair in select(arms, hypothesis)), hypothesis.metric or experiment.primary
+    def key(one: Hypothesis) -> tuple[object, ...]:
+        pairs = select(arms, one)
+        sides = frozenset(pairs) if one.claims == "noninferior" else frozenset(map(frozenset, pairs))  # the others are the same turned round
+        return sides, one.metric or experiment.primary, one.claims, one.margin
 
     declared = {key(one): one for one in experiment.hypotheses}
     others = {key(one): one for one in reversed(_exploratory(experiment, arms)) if key(one) not in declared}
@@ -235,6 +272,8 @@ def _summaries(study: Study) -> tuple[ArmSummary, ...]:
         names = {identity: BASE if len(bases) == 1 else identity for identity in bases}
         found += [_summary(study, names[identity], {0: result}, plan.key, metric) for identity, result in bases.items()]
         for arm in experiment.arms():
+            if metric not in experiment.measured(arm):
+                continue
             results = {cell.seed: cell for cell in here if cell.arm == arm.name and cell.seed in kept_seeds(experiment)}
             found.append(_summary(study, arm.name, results, plan.key, metric))
     return tuple(found)
@@ -282,6 +321,7 @@ def analyse(study: Study | str | Path) -> Analysis:
         Failed(id=one.id, error=one.failure.error, message=one.failure.message) for one in (*study.bases.values(), *study.cells) if one.failure is not None
     )
     found, rankings = [one.finding for one in contrasts if one.finding is not None], _rankings(study)
+    held = [one.against_margin for one in contrasts if one.against_margin is not None]
     analysis = Analysis(
         name=study.experiment.name,
         primary=study.experiment.primary,
@@ -291,8 +331,8 @@ def analyse(study: Study | str | Path) -> Analysis:
         failed=failed,
         pending=tuple(one.id for one in study.of("pending")),
         dropped={one.arm: one.dropped for one in study.of("dropped")},
-        methods=methods.paragraph(study, found, declared=sum(one.declared and one.finding is not None for one in contrasts)),
-        sources=methods.sources([*found, *(one.overall for one in rankings)]),
+        methods=methods.paragraph(study, found, held, declared=sum(one.declared and one.finding is not None for one in contrasts)),
+        sources=methods.sources([*found, *held, *(one.overall for one in rankings)]),
         rankings=rankings,
     )
     files.write_json(study.folder / FINDINGS, _plain(to_dict(analysis)))

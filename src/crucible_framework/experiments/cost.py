@@ -14,7 +14,8 @@ from .. import files
 from ..config import fingerprint, to_dict
 from ..errors import ExperimentError
 from ..records import Json, record
-from .design import Budget, Cell, Experiment
+from .arms import Cell
+from .design import Budget, Experiment
 from .study import CALIBRATION, TIMINGS, full_plan
 from .work import Engines, Job, Watch, job_for, perform
 
@@ -23,7 +24,7 @@ __all__ = ["CellCost", "Cost", "Usage", "calibrated", "estimate", "usage"]
 
 @record
 class CellCost:
-    """What one cell will take. `train_s` and `tokens` of a base are those of its evaluation alone."""
+    """What one cell will take. `train_s` and `tokens` of a base are those of its evaluation alone; an ensemble takes next to nothing."""
 
     id: str
     train_s: float
@@ -110,7 +111,7 @@ def _measured(experiment: Experiment) -> dict[str, Json]:
     try:
         for cell in experiment.cells():
             key = f"{cell.arm}|{cell.data}"
-            if key not in found:
+            if key not in found and not cell.members:
                 kind = _kind(cell)
                 if kind not in alike:
                     alike[kind] = _measure(job_for(experiment, cell, Path(), "calibrate"), engines)

@@ -1,7 +1,7 @@
 """What a study is going to do: arms × seeds × data sets, what is measured, and what is claimed beforehand.
 
-An arm is one way of training. Arms are the product of named `conditions` and of a `matrix` over settings of `TrainConfig`; a cell is one
-arm with one seed on one data set. This file knows neither how a cell is run nor what comes out of it.
+An arm is one way of training. Arms are the product of named `conditions` and of a `matrix` over settings of `TrainConfig`, and ensembles of
+these; a cell is one arm with one seed on one data set. This file knows neither how a cell is run nor what comes out of it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Literal, cast
 
 from ..config import fingerprint, from_dict, load_toml, merge, parse_overrides, to_dict
 from ..errors import ConfigError, UnknownNameError
+from ..inference.voting import votes
 from ..records import Json, SamplingParams, TrainConfig, record
+from .arms import BASE, Arm, Cell, EnsemblePlan, Hypothesis, member_names, select, word
 
-__all__ = ["BASE", "Arm", "Budget", "Cell", "DataPlan", "Experiment", "Hypothesis", "Stopping", "load_experiment", "select", "word"]
+__all__ = ["Budget", "DataPlan", "Experiment", "Stopping", "experiment_from", "load_experiment"]
 
-BASE = "base"
-"""The untrained base model, wherever an arm can be named."""
-_LESS_IS_BETTER = frozenset({"target_nll"})
+NLL = "target_nll"
+FIRST_LOOK = 3
+"""Seeds before "hopeless" looks for the first time."""
 _GREEDY = SamplingParams(max_tokens=32, temperature=0.0)
 
 
@@ -56,23 +58,6 @@ class DataPlan:
     def key(self) -> str:
         """The label, or the name where there is none."""
         return self.label or self.name
-
-
-@record
-class Hypothesis:
-    """One claim made before the study: that `better` is better than `than`.
-
-    Attributes:
-        better, than: an arm's name, "base", or some of an arm's settings ("lora.rank=8"), which stand for all arms that have them; these
-            are compared in pairs that agree in everything else.
-        metric: "" is the primary one.
-        because: the reason, for the report.
-    """
-
-    better: str
-    than: str = BASE
-    metric: str = ""
-    because: str = ""
 
 
 @record
@@ -117,7 +102,7 @@ class Stopping:
 
     Attributes:
         rule: "hopeless" drops an arm that is shown to be worse than another; "halving" keeps the best `keep` after `selection` seeds.
-        spending: of α over the looks of "hopeless", one a seed from the second on: "obrien-fleming", "pocock" or "linear".
+        spending: of α over the looks of "hopeless", one a seed from the third on: "obrien-fleming", "pocock" or "linear".
         keep: the share of arms that "halving" keeps, by the best loss on `data.dev`.
         selection: seeds that "halving" chooses by; no test uses them.
     """
@@ -133,29 +118,6 @@ class Stopping:
 
 
 @record
-class Arm:
-    """One way of training. `parts` are what sets it apart in words ("lora.rank=8"); its name is their list."""
-
-    name: str
-    parts: tuple[str, ...]
-    config: TrainConfig
-    backend: str
-
-
-@record
-class Cell:
-    """One arm with one seed on one data set. `id` names its files and holds a part of the fingerprint of its settings."""
-
-    id: str
-    arm: str
-    seed: int
-    data: str
-    base: str
-    config: TrainConfig
-    backend: str
-
-
-@record
 class Experiment:
     """A study before it is run.
 
@@ -163,6 +125,7 @@ class Experiment:
         train: the settings that all arms share.
         matrix: dotted keys of `TrainConfig`, or "backend", each with the values that it takes.
         conditions: named sets of settings, crossed with the matrix.
+        ensembles: arms that vote with the answers of others of the same seed.
         seeds: each sets the seeds of adapter, dropout and batches.
         data: the data sets.
         backend, options: where cells are trained and asked.
@@ -182,6 +145,7 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     matrix: Mapping[str, tuple[object, ...]] = dataclasses.field(default_factory=dict)
     conditions: Mapping[str, Mapping[str, object]] = dataclasses.field(default_factory=dict)
+    ensembles: tuple[EnsemblePlan, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     data: tuple[DataPlan, ...] = (DataPlan(),)
     backend: str = "local"
@@ -213,18 +177,20 @@ class Experiment:
             if not words or len(set(words)) != len(words):
                 raise ConfigError(f"The axis {key!r} has the values {list(values)!r}; expected different ones, at least one.")
         arms = self.arms()
-        self._check_stopping(arms)
+        self._check_stopping(self.trained())
         for metric in (self.primary, *(h.metric for h in self.hypotheses)):
             if metric and metric not in self.metrics:
                 raise UnknownNameError("metric of this experiment", metric, self.metrics, fix="Add it to scorers, or set perplexity = true.")
-        for hypothesis in self.hypotheses:
-            select(arms, hypothesis)
+        voting = {arm.name for arm in arms if arm.members}
+        for metric, sides in ((self.primary, voting), *((h.metric or self.primary, {n for pair in select(arms, h) for n in pair}) for h in self.hypotheses)):
+            if metric == NLL and sides & voting:
+                raise ConfigError(f"{NLL!r} is asked of {sorted(sides & voting)}; an ensemble votes on answers and has none. Expected one of {self.scorers}.")
 
     def _check_stopping(self, arms: Sequence[Arm]) -> None:
         rule = self.stopping
         if rule is None:
             return
-        least = 3 if rule.rule == "hopeless" else rule.selection + 1
+        least = FIRST_LOOK + 1 if rule.rule == "hopeless" else rule.selection + 1
         if len(self.seeds) < least or len(arms) < 2:
             raise ConfigError(f"stopping is {rule.rule!r} with {len(self.seeds)} seeds and {len(arms)} arms; expected at least {least} seeds and 2 arms.")
         blind = any(plan.dev is None for plan in self.data) or any(arm.config.eval_interval == 0 for arm in arms)
@@ -235,22 +201,39 @@ class Experiment:
     def metrics(self) -> tuple[str, ...]:
         """What every cell is measured in. A scorer of another distribution reports under its own name."""
         names = tuple(name.rpartition(":")[2] for name in self.scorers)
-        return (*names, "target_nll") if self.perplexity else names
+        return (*names, NLL) if self.perplexity else names
+
+    def measured(self, arm: Arm) -> tuple[str, ...]:
+        """What cells of that arm are measured in: an ensemble has no log-probs of a target."""
+        return tuple(name for name in self.metrics if name != NLL or not arm.members)
 
     def arms(self) -> tuple[Arm, ...]:
-        """All arms, in the order of the conditions and the matrix.
+        """All arms: those that are trained, in the order of the conditions and the matrix, then the ensembles.
 
         Raises:
-            ConfigError: an axis or condition names no setting (the nearest is named), or a value is out of range.
+            ConfigError: an axis or condition names no setting (the nearest is named), or a value is out of range; an ensemble has the name of
+                another arm, or fewer than two members.
+            UnknownNameError: a member names no arm, or a vote no rule.
         """
+        trained = self.trained()
+        return (*trained, *_ensembles(self, trained))
+
+    def trained(self) -> tuple[Arm, ...]:
+        """The arms that are trained."""
         axes = [[(key, value) for value in values] for key, values in self.matrix.items()]
         named: list[tuple[str, Mapping[str, object]]] = list(self.conditions.items()) or [("", {})]
         return tuple(_arm(self, name, settings, chosen) for (name, settings), chosen in itertools.product(named, itertools.product(*axes)))
 
     def cells(self) -> tuple[Cell, ...]:
-        """All cells, seed by seed, so that a study that ends early is balanced."""
+        """All cells, seed by seed, so that a study that ends early is balanced; ensembles come after their members."""
         arms = self.arms()
-        return tuple(_cell(self, arm, seed, plan) for seed in self.seeds for plan in self.data for arm in arms)
+        found: list[Cell] = []
+        for seed, plan in itertools.product(self.seeds, self.data):
+            here: dict[str, Cell] = {}
+            for arm in arms:
+                here[arm.name] = _voting_cell(arm, here) if arm.members else _cell(self, arm, seed, plan)
+            found += here.values()
+        return tuple(found)
 
     def plan_of(self, key: str) -> DataPlan:
         """The data set of that label."""
@@ -260,22 +243,6 @@ class Experiment:
         """What decides the results, as plain values: everything but the limits."""
         plain = cast("dict[str, Json]", to_dict(self))
         return {key: value for key, value in plain.items() if key not in ("budget", "retries", "in_flight")}
-
-
-def less_is_better(metric: str) -> bool:
-    """Whether a smaller value is the better one."""
-    return metric in _LESS_IS_BETTER
-
-
-def word(value: object) -> str:
-    """A value on one line without commas, as names of arms need it."""
-    if isinstance(value, Mapping):
-        return "+".join(f"{word(weight)}*{name}" for name, weight in value.items())
-    if isinstance(value, (list, tuple)):
-        return "+".join(map(word, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).replace(",", ";")
 
 
 def _set(tree: dict[str, object], key: str, value: object) -> None:
@@ -324,6 +291,28 @@ def _arm(experiment: Experiment, name: str, settings: Mapping[str, object], chos
     return Arm(name=title, parts=parts or (title,), config=from_dict(TrainConfig, tree), backend=backend)
 
 
+def _ensembles(experiment: Experiment, trained: Sequence[Arm]) -> tuple[Arm, ...]:
+    found: list[Arm] = []
+    for plan in experiment.ensembles:
+        taken = {name for arm in (*trained, *found) for name in (arm.name, *arm.parts)}
+        if plan.name in taken:
+            raise ConfigError(f"An ensemble is called {plan.name!r}, like another arm or one of its settings. Choose another name.")
+        if ":" not in plan.vote:  # a rule of one's own may be known to the workers alone
+            votes.get(plan.vote)
+        members = member_names(trained, plan)
+        first = next(arm for arm in trained if arm.name == members[0])
+        found.append(Arm(name=plan.name, parts=(plan.name,), config=first.config, backend=first.backend, members=members, vote=plan.vote))
+    return tuple(found)
+
+
+def _voting_cell(arm: Arm, here: Mapping[str, Cell]) -> Cell:
+    """The cell of an ensemble, from those of its seed and data set."""
+    first, members = here[arm.members[0]], {name: here[name].id for name in arm.members}
+    mark = fingerprint({"members": members, "vote": arm.vote})[:8]
+    name = f"{_slug(arm.name)}-s{first.seed}-{_slug(first.data)}-{mark}"
+    return dataclasses.replace(first, id=name, arm=arm.name, members=members, vote=arm.vote)
+
+
 def _slug(*words: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(words)).strip("-.")[:60]
 
@@ -351,41 +340,6 @@ def _cell(experiment: Experiment, arm: Arm, seed: int, plan: DataPlan) -> Cell:
         config=config,
         backend=arm.backend,
     )
-
-
-# ---------------------------------------------------------------------------------------------------------- hypotheses
-def _matching(arms: Sequence[Arm], words: str) -> dict[tuple[str, ...], str]:
-    """Arms that have all the parts, by the parts that are left."""
-    parts = tuple(part.strip() for part in words.split(",") if part.strip())
-    found = {tuple(p for p in arm.parts if p not in parts): arm.name for arm in arms if set(parts) <= set(arm.parts)}
-    if not found:
-        raise UnknownNameError("arm of this experiment", words, {BASE, *(arm.name for arm in arms), *(part for arm in arms for part in arm.parts)})
-    return found
-
-
-def select(arms: Sequence[Arm], hypothesis: Hypothesis) -> tuple[tuple[str, str], ...]:
-    """The pairs of arms (better, than) that a hypothesis compares; "base" stands for the untrained model.
-
-    Raises:
-        UnknownNameError: a side names no arm.
-        ConfigError: the sides are the same, or do not pair up.
-    """
-    if hypothesis.better == hypothesis.than:
-        raise ConfigError(f"A hypothesis compares {hypothesis.better!r} with itself; expected two sides.")
-    if hypothesis.better == BASE:
-        return tuple((BASE, name) for name in _matching(arms, hypothesis.than).values())
-    better = _matching(arms, hypothesis.better)
-    if hypothesis.than == BASE:
-        return tuple((name, BASE) for name in better.values())
-    than = _matching(arms, hypothesis.than)
-    if len(better) == len(than) == 1:
-        return ((next(iter(better.values())), next(iter(than.values()))),)
-    if better.keys() != than.keys() or set(better.values()) & set(than.values()):
-        raise ConfigError(
-            f"{hypothesis.better!r} ({len(better)} arms) and {hypothesis.than!r} ({len(than)} arms) do not pair up; "
-            "expected settings of one axis each, or two whole arms."
-        )
-    return tuple((better[rest], than[rest]) for rest in better)
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..records import Finding
-from .design import word
+from .arms import word
 from .study import Study
 
 __all__ = ["paragraph", "sources"]
@@ -24,24 +24,39 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def paragraph(study: Study, findings: Sequence[Finding], *, declared: int) -> str:
-    """What was trained, asked, compared and corrected."""
+def paragraph(study: Study, findings: Sequence[Finding], held: Sequence[Finding], *, declared: int) -> str:
+    """What was trained, asked, compared and corrected; `held` are the tests of claims with a margin."""
     experiment = study.experiment
-    arms = experiment.arms()
+    arms = experiment.trained()
     models, losses = {arm.config.base_model for arm in arms}, {word(arm.config.loss) for arm in arms}
+    cells = _counted(len(arms) * len(experiment.seeds) * len(experiment.data), "cell")
     first = (
         f"{_counted(len(arms), 'arm')} of LoRA fine-tuning ({_listed(sorted(models))}; loss {_listed(sorted(losses))}) "
         f"{'was' if len(arms) == 1 else 'were'} trained with {_counted(len(experiment.seeds), 'seed')} "
-        f"({_listed(list(map(str, experiment.seeds)))}) on {_listed([plan.key for plan in experiment.data])}, which makes {_counted(len(study.cells), 'cell')}."
+        f"({_listed(list(map(str, experiment.seeds)))}) on {_listed([plan.key for plan in experiment.data])}, which makes {cells}."
     )
-    lines = [first]
+    lines = [first, *_voted(study)]
     without = [f"{len(cells)} {words}" for cells, words in ((study.of("failed"), "failed"), (study.of("pending"), "did not run")) if cells]
     if without:
         lines.append(f"{_listed(without)}; comparisons leave out the seeds that this concerns and say so.")
     lines += _stopped(study)
     lines += _asked(study)
     lines += _compared(study, findings, declared)
+    if held:
+        tests = Counter(finding.test for finding in held)
+        claims = [f"{test} ({_counted(count, 'comparison')})" for test, count in tests.items()]
+        lines.append(f"Claims of equivalence and non-inferiority were held to margins declared before the study, by the {_listed(claims)}.")
     return " ".join(lines)
+
+
+def _voted(study: Study) -> list[str]:
+    told = [f"{arm.name} ({arm.vote} vote of {_listed(arm.members)})" for arm in study.experiment.arms() if arm.members]
+    if not told:
+        return []
+    one = len(told) == 1
+    counted = _counted(len(told) * len(study.experiment.seeds) * len(study.experiment.data), "cell")
+    first = f"{_counted(len(told), 'ensemble')}, {_listed(told)}, {'counts' if one else 'count'} the recorded answers of adapters of the same seed as votes"
+    return [f"{first} ({counted} more); where a vote has no winner, nothing was answered."]
 
 
 def _stopped(study: Study) -> list[str]:
@@ -54,7 +69,7 @@ def _stopped(study: Study) -> list[str]:
         "these seeds are in no test."
     )
     looked = (
-        f"After each seed from the second on, arms shown to be worse than another were dropped ({dropped} were), by group-sequential looks with "
+        f"After each seed from the third on, arms shown to be worse than another were dropped ({dropped} were), by group-sequential looks with "
         f"{rule.spending} spending of α, divided by the number of pairs; intervals and p-values hold over all looks."
     )
     return [chosen if rule.rule == "halving" else looked]

@@ -13,7 +13,8 @@ from .. import files
 from ..config import from_dict
 from ..errors import CorruptError, CrucibleError, NotFoundError
 from ..records import Json, record
-from .design import Cell, Experiment
+from .arms import Cell
+from .design import Experiment
 from .study import FINDINGS, LOCK, PLAN, TIMINGS, read_result, result_path, work_folder
 
 __all__ = ["CellState", "StudyOverview", "study_overview"]

@@ -12,11 +12,11 @@ from typing import cast
 
 from ..errors import StatisticsError
 from ..records import Evaluation, Finding
-from ..stats import paired_difference, seeds_and_items
-from .design import BASE
+from ..stats import Freedom, Side, paired_difference, seeds_and_items, tost
+from .arms import BASE
 from .study import CellResult, Study
 
-__all__ = ["Paired", "Scores", "bounded", "clusters_of", "paired_up", "tested"]
+__all__ = ["Paired", "Scores", "bounded", "clusters_of", "held_to_margin", "paired_up", "tested"]
 
 
 class Scores:
@@ -112,8 +112,11 @@ def bounded(metric: str) -> bool | None:
     return False if metric == "target_nll" else None
 
 
-def tested(name: str, paired: Paired, metric: str, level: float) -> tuple[Finding, Finding | None]:
+def tested(name: str, paired: Paired, metric: str, level: float, *, freedom: Freedom) -> tuple[Finding, Finding | None]:
     """(the finding about new examples and, with several seeds, new seeds; the one about new examples for the adapters at hand).
+
+    Args:
+        freedom: of the first one, see `seeds_and_items`.
 
     Raises:
         StatisticsError: too few items or documents, or no spread.
@@ -127,9 +130,22 @@ def tested(name: str, paired: Paired, metric: str, level: float) -> tuple[Findin
     if len(paired.seeds) > 1:
         before, after, documents = paired.rows()
         with contextlib.suppress(StatisticsError):
-            both = seeds_and_items(name, before, after, clusters=documents, paired_seeds=True, level=level)
+            both = seeds_and_items(name, before, after, clusters=documents, paired_seeds=True, level=level, freedom=freedom)
             if both.interval[0] < both.interval[1]:  # without any spread a t interval has no width; the score method is then the honest one
                 return both, given
     if given is None:
         raise refused or StatisticsError(f"{name!r} has no finding.")
     return given, given
+
+
+def held_to_margin(name: str, paired: Paired, metric: str, level: float, *, margin: float, side: Side) -> Finding:
+    """Whether the difference lies inside ±margin, or on one side of it: about new examples and, with several seeds, new seeds.
+
+    Raises:
+        StatisticsError: too few items or documents, or no spread.
+    """
+    if len(paired.seeds) > 1:
+        before, after, documents = paired.rows()
+        with contextlib.suppress(StatisticsError):
+            return seeds_and_items(name, before, after, clusters=documents, paired_seeds=True, level=level, margin=margin, side=side)
+    return tost(name, paired.before, paired.after, margin=margin, paired=True, clusters=paired.clusters(), level=level, bounded=bounded(metric), side=side)

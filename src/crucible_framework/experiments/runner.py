@@ -125,13 +125,22 @@ class _Runner:
         pool = self.pool
         assert pool is not None
         while self.waiting or self.active:
-            while self.waiting and len(self.active) < pool.size and not self.stopping and self._affordable(self.waiting[0]):
-                self._start(self.waiting.popleft())
+            while len(self.active) < pool.size and not self.stopping and (job := self._next()) is not None and self._affordable(job):
+                self.waiting.remove(job)
+                if job.members and (failure := _lost_member(job)):
+                    self._failure(job, failure)
+                else:
+                    self._start(job)
             if not self.active:
                 break
             for message in pool.messages(WAIT_S):
                 self.heard(message)
             self.check_budget()
+
+    def _next(self) -> Job | None:
+        """The first job that can be done now: an ensemble's once all its members have ended."""
+        open_ = {job.id for job in self.waiting} | self.active.keys() if any(job.members for job in self.waiting) else set[str]()
+        return next((job for job in self.waiting if open_.isdisjoint(job.members.values())), None)
 
     def _start(self, job: Job) -> None:
         assert self.pool is not None
@@ -231,6 +240,17 @@ class _Runner:
     def _say(self, what: str) -> None:
         if self._tell_user is not None:
             self._tell_user(self.done, self.total, what)
+
+
+def _lost_member(job: Job) -> dict[str, Json]:
+    """Why an ensemble's cell cannot be: the first member without a result, as a failure; empty where all have one."""
+    for arm, identity in job.members.items():
+        result = read_result(result_path(job.folder, "cell", identity))
+        if result is None or result["status"] != "done":
+            failure = cast("Mapping[str, Json]", (result or {}).get("failure") or {})
+            told = f"{failure.get('error')}: {failure.get('message')}" if failure else "it was dropped, or has not run"
+            return {"error": "MemberFailed", "message": f"Its member {arm!r} (cell {identity}) has no result: {told}", "passing": False}
+    return {}
 
 
 def _pending(experiment: Experiment, folder: Path, seeds: tuple[int, ...], *, retry_failed: bool) -> tuple[list[Job], int]:

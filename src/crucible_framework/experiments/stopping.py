@@ -1,28 +1,36 @@
 """Dropping arms before all their seeds have run, so that what is said in the end still holds.
 
-- "hopeless": after each seed from the second on, an arm that is shown to be worse than another one is dropped. Looks are planned (one a seed), so
+- "hopeless": after each seed from the third on, an arm that is shown to be worse than another one is dropped. Looks are planned (one a seed), so
   their levels come from an error-spending function and are divided by the number of pairs: the chance that any arm is dropped for a worse one is
-  at most α. Comparisons in the analysis have the level of the look at which they ended (repeated intervals).
+  at most α. Few seeds tell little of how much seeds vary, so a drop is tested with the least degrees of freedom, seeds - 1, which hold the level
+  however much they do; two seeds could then show nothing, and no α is spent on them. Comparisons in the analysis have the level of the look at
+  which they ended (repeated intervals).
 - "halving": after the first seeds the arms with the lowest loss on held-out data go on. These seeds choose and are in no test; the tests use the
   other seeds and the test split, which the choice has not seen.
 
+An ensemble takes no part in the choice, and goes with the first of its members that is dropped.
+
 Every decision follows from results on file alone, so that a study that was killed decides the same again. This file runs no cell.
 
-Source: Lan & DeMets 1983; Jennison & Turnbull 2000 (repeated intervals); Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving).
+Source: Lan & DeMets 1983; Jennison & Turnbull 2000 (repeated intervals); Mickey & Brown 1966 (least degrees of freedom);
+Jamieson & Talwalkar 2016, arXiv 1502.07943 (successive halving).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
 from statistics import fmean
-from typing import cast
+from typing import Literal, cast
 
 from .. import files
 from ..errors import StatisticsError
 from ..stats import group_sequential
-from .design import Experiment, less_is_better
+from .arms import less_is_better
+from .design import FIRST_LOOK as FIRST
+from .design import Experiment
 from .pairs import Scores, paired_up, tested
 from .study import CellResult, Study, result_path
 
@@ -36,7 +44,7 @@ def rungs(experiment: Experiment) -> tuple[tuple[int, ...], ...]:
         return (seeds,)
     if rule.rule == "halving":
         return seeds[: rule.selection], seeds[rule.selection :]
-    return (seeds[:2], *((seed,) for seed in seeds[2:]))
+    return (seeds[:FIRST], *((seed,) for seed in seeds[FIRST:]))
 
 
 def kept_seeds(experiment: Experiment) -> tuple[int, ...]:
@@ -48,10 +56,15 @@ def kept_seeds(experiment: Experiment) -> tuple[int, ...]:
 def alpha_at(experiment: Experiment, seeds: int) -> float:
     """The level of a comparison that ends with so many seeds; α itself where nothing is looked at early."""
     rule, planned = experiment.stopping, len(experiment.seeds)
-    if rule is None or rule.rule != "hopeless" or planned < 3:
+    if rule is None or rule.rule != "hopeless" or planned <= FIRST:
         return experiment.alpha
-    bounds = group_sequential([look / planned for look in range(2, planned + 1)], alpha=experiment.alpha, spending=rule.spending)
-    return bounds.nominal[max(0, min(seeds, planned) - 2)]
+    return _levels(planned, experiment.alpha, rule.spending)[max(0, min(seeds, planned) - FIRST)]
+
+
+@functools.lru_cache(maxsize=64)
+def _levels(planned: int, alpha: float, spending: Literal["obrien-fleming", "pocock", "linear"]) -> tuple[float, ...]:
+    """The level of each look."""
+    return tuple(group_sequential([look / planned for look in range(FIRST, planned + 1)], alpha=alpha, spending=spending).nominal)
 
 
 def decide(study: Study, seeds_done: int) -> dict[str, str]:
@@ -59,7 +72,7 @@ def decide(study: Study, seeds_done: int) -> dict[str, str]:
     rule = study.experiment.stopping
     if rule is None or seeds_done >= len(study.experiment.seeds):
         return {}
-    active = [arm.name for arm in study.experiment.arms() if _complete(study, arm.name, seeds_done)]
+    active = [arm.name for arm in study.experiment.trained() if _complete(study, arm.name, seeds_done)]
     return _halved(study, active, seeds_done) if rule.rule == "halving" else _hopeless(study, active, seeds_done)
 
 
@@ -88,14 +101,14 @@ def _halved(study: Study, active: list[str], seeds_done: int) -> dict[str, str]:
 def _hopeless(study: Study, active: list[str], seeds_done: int) -> dict[str, str]:
     experiment, scores = study.experiment, Scores(study)
     metric, alpha = experiment.primary, alpha_at(experiment, seeds_done)
-    pairs = math.comb(len(experiment.arms()), 2)
+    pairs = math.comb(len(experiment.trained()), 2)
     sign, found = -1.0 if less_is_better(metric) else 1.0, dict[str, str]()
     for a, b in itertools.combinations(active, 2):
         effects, p_values = [], []
         for plan in experiment.data:
             paired = paired_up(scores, ((b, a),), plan.key, metric, experiment.seeds[:seeds_done])
             try:
-                finding, _ = tested(f"{b} − {a}", paired, metric, 1 - alpha / pairs)
+                finding, _ = tested(f"{b} − {a}", paired, metric, 1 - alpha / pairs, freedom="least")
             except StatisticsError:
                 break
             effects.append(sign * finding.effect)
@@ -111,10 +124,14 @@ def _hopeless(study: Study, active: list[str], seeds_done: int) -> dict[str, str
 
 def drop(study: Study, decided: Mapping[str, str]) -> int:
     """Writes why each cell that will not run was dropped; gives their number."""
-    dropped = [cell for cell in study.of("pending") if cell.arm in decided]
+    because = dict(decided)
+    for arm in study.experiment.arms():
+        if gone := next((name for name in arm.members if name in decided), ""):
+            because[arm.name] = f"its member {gone} was dropped: {decided[gone]}"
+    dropped = [cell for cell in study.of("pending") if cell.arm in because]
     for cell in dropped:
         body = {
-            "format_version": 1, "id": cell.id, "arm": cell.arm, "seed": cell.seed, "data": cell.data, "status": "dropped", "because": decided[cell.arm],
+            "format_version": 1, "id": cell.id, "arm": cell.arm, "seed": cell.seed, "data": cell.data, "status": "dropped", "because": because[cell.arm],
         }  # fmt: skip
         files.write_json(result_path(study.folder, "cell", cell.id), body)
     return len(dropped)

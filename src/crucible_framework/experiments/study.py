@@ -25,7 +25,8 @@ from ..display import table_html
 from ..errors import ConfigError, CorruptError, NotFoundError, PlanChangedError
 from ..evaluation import load_evaluation
 from ..records import Dataset, Evaluation, Json, record
-from .design import BASE, Cell, DataPlan, Experiment
+from .arms import BASE, Cell
+from .design import DataPlan, Experiment
 
 __all__ = ["CellResult", "Failure", "Study", "load_data", "load_study"]
 

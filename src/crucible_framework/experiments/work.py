@@ -1,4 +1,4 @@
-"""One job of a study: a cell trained and evaluated, a base evaluated, or a few steps timed. Runs in any process.
+"""One job of a study: a cell trained and evaluated, a base evaluated, an ensemble's votes counted, or a few steps timed. Runs in any process.
 
 Everything that it writes lies in the job's own folder under a lock; a job that was killed goes on from its last checkpoint and its last
 row. Its result file is written last. This file does not know who runs it, nor when.
@@ -24,9 +24,11 @@ from ..errors import CrucibleError
 from ..evaluation import evaluate
 from ..inference import ChoiceSampler
 from ..protocols import Backend, Sampler
-from ..records import Completion, Dataset, Json, Prompt, SamplingParams, TrainConfig, record
+from ..records import Completion, Dataset, Evaluation, Json, Prompt, SamplingParams, TrainConfig, record
 from ..training import Progress, Trainer
-from .design import Cell, DataPlan, Experiment
+from .arms import Cell
+from .design import DataPlan, Experiment
+from .ensembles import Recorded, note_verdicts, verdicts
 from .study import Kind, load_data, read_result, result_path, work_folder
 
 __all__ = ["Engines", "Job", "Stopped", "Watch", "job_for", "perform"]
@@ -59,6 +61,8 @@ class Job:
     choose: bool
     in_flight: int
     folder: Path
+    members: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vote: str = ""
 
     def plain(self) -> dict[str, Json]:
         """As JSON values."""
@@ -88,6 +92,8 @@ def job_for(experiment: Experiment, cell: Cell, folder: Path, kind: Literal["cel
         choose=experiment.choose,
         in_flight=1 if experiment.perplexity else experiment.in_flight,
         folder=folder.absolute(),
+        members={} if kind == "base" else cell.members,
+        vote="" if kind == "base" else cell.vote,
     )
 
 
@@ -194,10 +200,14 @@ def perform(job: Job, engines: Engines, watch: Watch) -> dict[str, Json]:
         done = read_result(result_path(job.folder, job.kind, job.id))
         trained_s = 0.0
         if done is None or done["status"] != "done":
-            backend = engines.get(job)
-            backend.tokenizer(job.config.base_model)
-            watch.begin()
-            trained_s = _cell(job, job.kind, backend, watch)
+            if job.members:
+                watch.begin()
+                _voted(job, watch)
+            else:
+                backend = engines.get(job)
+                backend.tokenizer(job.config.base_model)
+                watch.begin()
+                trained_s = _cell(job, job.kind, backend, watch)
     seconds = time.monotonic() - started
     return {"train_s": trained_s, "eval_s": seconds - trained_s, **_tokens(watch)}
 
@@ -212,10 +222,33 @@ def _asked(job: Job, sampler: Sampler, watch: Watch, test: Dataset) -> Sampler:
     return ChoiceSampler(named, test.card.labels, by="mean") if job.choose else named
 
 
+def _body(job: Job) -> dict[str, Json]:
+    return {"format_version": 1, "id": job.id, "arm": job.arm, "seed": job.seed, "data": job.data.key, "status": "done", "training": {}}
+
+
+def _end(job: Job, kind: Kind, body: dict[str, Json], evaluation: Evaluation) -> None:
+    """The result file, which is written last."""
+    body["estimates"] = {one.name: to_dict(one) for one in evaluation.estimates}
+    body["scores_sha256"] = files.sha256_file(work_folder(job.folder, kind, job.id) / "eval" / "scores.jsonl")
+    files.write_json(result_path(job.folder, kind, job.id), body)
+
+
+def _voted(job: Job, watch: Watch) -> None:
+    """An ensemble's cell: its members' cells have ended, and their answers are votes."""
+    _, test, _ = load_data(job.data)
+    where = work_folder(job.folder, "cell", job.id)
+    found = verdicts(job.folder, job.members, job.vote, test)
+    told: dict[str, Json] = {"vote": job.vote, "members": dict(job.members), **note_verdicts(where, found)}
+    evaluation = evaluate(
+        Recorded(job.id, test, found), test, job.scorers, params=job.sampling, label="ensemble", folder=where / "eval", in_flight=1, progress=watch.row
+    )
+    _end(job, "cell", {**_body(job), "ensemble": told}, evaluation)
+
+
 def _cell(job: Job, kind: Kind, backend: Backend, watch: Watch) -> float:
     started, where = time.monotonic(), work_folder(job.folder, kind, job.id)
     train, test, dev = load_data(job.data)
-    body: dict[str, Json] = {"format_version": 1, "id": job.id, "arm": job.arm, "seed": job.seed, "data": job.data.key, "status": "done"}
+    body = _body(job)
     if job.kind == "cell":
         with Trainer(backend, job.config, folder=where / "run", callbacks=(watch.step,), resume=True) as trainer:
             result = trainer.train(train, dev)
@@ -225,16 +258,14 @@ def _cell(job: Job, kind: Kind, backend: Backend, watch: Watch) -> float:
         body["training"] = {**kept, "steps": result.steps, "epochs": result.epochs, "tokens": result.tokens, "stopped": result.stopped}
         sampler = backend.sampler(result.checkpoint)
     else:
-        body |= {"arm": "base", "seed": 0, "training": {}}
+        body |= {"arm": "base", "seed": 0}
         sampler = backend.sampler(job.config.base_model)
     trained_s = time.monotonic() - started
     evaluation = evaluate(
         _asked(job, sampler, watch, test), test, job.scorers, params=job.sampling, label="adapter" if job.kind == "cell" else "base",
         folder=where / "eval", perplexity=job.perplexity, in_flight=job.in_flight, progress=watch.row,
     )  # fmt: skip
-    body["estimates"] = {one.name: to_dict(one) for one in evaluation.estimates}
-    body["scores_sha256"] = files.sha256_file(where / "eval" / "scores.jsonl")
-    files.write_json(result_path(job.folder, kind, job.id), body)
+    _end(job, kind, body, evaluation)
     return trained_s
 
 

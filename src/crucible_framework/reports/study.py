@@ -17,14 +17,18 @@ from ..records import Estimate, Finding, Json, record
 from . import words
 from .parts import Block, Document, DotPlot, Fact, Interval, Note, Section, Table, Tone
 from .sources import as_list, as_number, as_table, as_text
-from .study_figures import costs, curves, item_differences, ranks
+from .study_figures import costs, curves, ensembles, item_differences, ranks
 from .writing import chosen, publish
 
 __all__ = ["is_study", "study_document", "write_study_report"]
 
 _MOST_DRAWN = 24
 _TONES: Mapping[str, Tone] = {"better": "adapter", "worse": "base"}
-_VERDICTS = {"better": "better", "worse": "worse", "not shown": "not shown to differ", "no result": "no result"}
+_VERDICTS = {
+    "better": "better", "worse": "worse", "equivalent": "equivalent", "noninferior": "not worse", "not shown": "not shown to differ", "no result": "no result",
+}  # fmt: skip
+_OUTCOMES = {"better": "Supported", "equivalent": "Supported", "noninferior": "Supported", "worse": "Contradicted"}
+_CLAIMS = {"better": "is better than", "equivalent": "is equivalent to", "noninferior": "is not worse than"}
 
 
 @record
@@ -120,6 +124,15 @@ def _p(value: Json) -> str:
     return words.NOTHING if number is None else "< 0.0001" if number < 1e-4 else f"{number:.4f}"
 
 
+def _margin(contrast: Mapping[str, Json], share: bool) -> str:
+    """The margin of a claim, "" where it has none."""
+    margin = as_number(contrast.get("margin"))
+    if margin is None:
+        return ""
+    shown = _effect(margin, share=share).lstrip("+")
+    return f", margin {'±' if contrast.get('claim') == 'equivalent' else ''}{shown}"
+
+
 def _title(contrast: Mapping[str, Json], study: _Study) -> str:
     several = len({as_text(one.get("data")) for one in study.contrasts}) > 1
     return as_text(contrast.get("name")) + (f" on {as_text(contrast.get('data'))}" if several else "")
@@ -128,11 +141,14 @@ def _title(contrast: Mapping[str, Json], study: _Study) -> str:
 def _sentence(contrast: Mapping[str, Json], study: _Study) -> str:
     """A declared claim and what became of it."""
     finding = _finding(contrast)
-    claim = f"Declared: {as_text(contrast.get('better'))} is better than {as_text(contrast.get('than'))} in {as_text(contrast.get('metric'))}"
+    share = as_text(contrast.get("metric")) in study.shares
+    verb = _CLAIMS.get(as_text(contrast.get("claim")), _CLAIMS["better"])
+    claim = f"Declared: {as_text(contrast.get('better'))} {verb} {as_text(contrast.get('than'))} in {as_text(contrast.get('metric'))}{_margin(contrast, share)}"
     if finding is None:
         return f"{claim}. No result: {as_text(contrast.get('note'))}."
-    share = as_text(contrast.get("metric")) in study.shares
-    verdict = {"better": "Supported", "worse": "Contradicted"}.get(as_text(contrast.get("verdict")), "Not shown")
+    held = _finding(contrast, "against_margin")
+    verdict = _OUTCOMES.get(as_text(contrast.get("verdict")), "Not shown")
+    finding = held or finding  # its interval is the one that the margin is held against
     low, high = finding.interval
     return (
         f"{claim}. {verdict}: difference {_effect(finding.effect, share=share)}, {words.level(finding.level)} interval {_ends(low, high, share=share)}, "
@@ -152,7 +168,7 @@ def _contrast_tables(study: _Study, title: str, chosen: Sequence[Mapping[str, Js
             found.append((name, metric, *(words.NOTHING,) * 3, _VERDICTS["no result"], words.NOTHING, note))
             continue
         per_seed = [_effect(value, share=share).removesuffix(" points") for v in as_list(one.get("per_seed")) if (value := as_number(v)) is not None]
-        interval, verdict = _ends(*finding.interval, share=share), _VERDICTS.get(as_text(one.get("verdict")), words.NOTHING)
+        interval, verdict = _ends(*finding.interval, share=share), _told_verdict(one)
         found.append((name, metric, _effect(finding.effect, share=share), interval, _p(one.get("p_adjusted")), verdict, ", ".join(per_seed), note))
         ends = [end for value in as_list(one.get("simultaneous")) if (end := as_number(value)) is not None]
         rests.append((
@@ -160,14 +176,22 @@ def _contrast_tables(study: _Study, title: str, chosen: Sequence[Mapping[str, Js
             words.NOTHING if given is None else _ends(*given.interval, share=share), _value(as_number(one.get("detectable")) or 0.0, share=share),
             f"{finding.n:,}" + (f" in {finding.clusters:,}" if finding.clusters else ""),
         ))  # fmt: skip
-        told.setdefault(f"{finding.test}: {finding.why}. Source: {finding.source}.", []).append(f"{name} ({metric})")
+        for test in filter(None, (finding, _finding(one, "against_margin"))):
+            told.setdefault(f"{test.test}: {test.why}. Source: {test.source}.", []).append(f"{name} ({metric})")
     columns = ("Comparison", "Score", "Difference", "Interval", "p adjusted", "Verdict", "Each seed", "Note")
     more = ("Comparison", "Score", "p", "Simultaneous", "These seeds only", "Detectable", "n in clusters")
     note = (
         "Simultaneous intervals hold for the whole family at once (Bonferroni; a little wider than Holm's p-values ask). These seeds only: the interval for "
         "the adapters at hand. Detectable: about the smallest true difference that this design finds with 80 % power."
     )
+    margins = _margin_rows(chosen, study)
+    held = "Margin", "p", "Interval that is held against it", "Verdict"
     return (
+        *(
+            (Table(title=f"{title}: claims with a margin", columns=("Claim", "Score", *held), rows=margins, source="findings.json", numeric=(2, 3, 4)),)
+            if margins
+            else ()
+        ),
         Table(title=title, columns=columns, rows=tuple(found), source="findings.json", numeric=(2, 3, 4)),
         Table(title=f"{title}: what this rests on", columns=more, rows=tuple(rests), source="findings.json", numeric=(2, 3, 4, 5, 6), note=note),
         Table(
@@ -177,6 +201,28 @@ def _contrast_tables(study: _Study, title: str, chosen: Sequence[Mapping[str, Js
             source="findings.json",
         ),
     )
+
+
+def _told_verdict(one: Mapping[str, Json]) -> str:
+    """The verdict in words; a claim with a margin that was not shown is not one of a difference."""
+    verdict, claim = as_text(one.get("verdict")), as_text(one.get("claim"))
+    if verdict == "not shown" and claim in ("equivalent", "noninferior"):
+        return f"not shown to be {_VERDICTS[claim]}"
+    return _VERDICTS.get(verdict, words.NOTHING)
+
+
+def _margin_rows(chosen: Sequence[Mapping[str, Json]], study: _Study) -> tuple[tuple[str, ...], ...]:
+    """Claims of equivalence and non-inferiority, each with the interval of level 1 - 2α that decides."""
+    rows = []
+    for one in chosen:
+        held, metric = _finding(one, "against_margin"), as_text(one.get("metric"))
+        if held is not None:
+            share = metric in study.shares
+            verb = _CLAIMS.get(as_text(one.get("claim")), _CLAIMS["better"]).removeprefix("is ")
+            margin, ends = _margin(one, share).removeprefix(", margin "), _ends(*held.interval, share=share)
+            name = f"{as_text(one.get('better'))} {verb} {as_text(one.get('than'))}"
+            rows.append((name, metric, margin, _p(held.p_value), f"{ends} ({words.level(held.level)})", _told_verdict(one)))
+    return tuple(rows)
 
 
 def _contrast_plots(study: _Study, title: str, chosen: Sequence[Mapping[str, Json]]) -> Iterator[DotPlot]:
@@ -260,6 +306,7 @@ def _cells_section(study: _Study) -> Section:
          *(words.number(as_number(as_table(cell.get("training")).get(key)), 4) for key in ("initial_loss", "final_loss", "steps", "tokens")))
         for cell in study.cells
     )  # fmt: skip
+    blocks += ensembles(study.cells, study.shares, study.primary)
     columns = ("Cell", "Arm", "Seed", "Data", "Ended", "Loss before", "Loss after", "Steps", "Tokens")
     blocks.append(Table(title="Every cell", columns=columns, rows=rows, source="cells/*.json", numeric=(2, 5, 6, 7, 8), note="Losses in nats per weight."))
     pending = [as_text(one) for one in as_list(study.findings.get("pending"))]
@@ -308,11 +355,8 @@ def _document(study: _Study) -> Document:
     finished = done + failed + dropped >= study.planned
     declared = [one for one in study.contrasts if one.get("declared") is True]
     found = [as_text(one.get("verdict")) for one in declared]
-    told = [
-        f"{found.count(verdict)} {text}"
-        for verdict, text in (("better", "supported"), ("worse", "contradicted"), ("not shown", "not shown"))
-        if verdict in found
-    ]
+    outcomes = [_OUTCOMES.get(verdict, "Not shown").lower() for verdict in found if verdict != "no result"]
+    told = [f"{outcomes.count(text)} {text}" for text in ("supported", "contradicted", "not shown") if text in outcomes]
     seconds, tokens = _spent(study)
     notices = [f"{words.counted(failed, 'cell')} failed; they are listed below and left out of the comparisons."] if failed else []
     notices += [] if finished else [f"{study.planned - done - failed - dropped} of {study.planned} cells have no result yet."]

@@ -94,6 +94,10 @@ def costs(arms: Rows, cells: Rows, timings: Rows, shares: frozenset[str], primar
     for row in timings:
         total = sum(as_number(row.get(key)) or 0.0 for key in ("train_s", "eval_s"))
         seconds[as_text(row.get("id"))] = seconds.get(as_text(row.get("id")), 0.0) + total
+    for cell in cells:  # an ensemble costs what its members cost
+        members = [as_text(one) for one in as_table(as_table(cell.get("ensemble")).get("members")).values()]
+        if members and as_text(cell.get("id")) in seconds:
+            seconds[as_text(cell.get("id"))] += sum(seconds.get(one, 0.0) for one in members)
     less = primary == "target_nll"
     for data in dict.fromkeys(as_text(one.get("data")) for one in arms):
         spent: dict[str, list[float]] = {}
@@ -118,8 +122,34 @@ def costs(arms: Rows, cells: Rows, timings: Rows, shares: frozenset[str], primar
         yield Scatter(
             title=f"Cost against quality on {data}", x_label="seconds of one cell, training and asking", y_label=primary, points=drawn, source=source,
             values=table, share=primary in shares,
-            note="Joined are the arms that no other beats in both; whether they truly differ is for the findings to say. Times are of this machine.",
+            note="Joined are the arms that no other beats in both; whether they truly differ is for the findings to say. An ensemble's time "
+            "is that of its members. Times are of this machine.",
         )  # fmt: skip
+
+
+def ensembles(cells: Rows, shares: frozenset[str], primary: str) -> Iterator[Block]:
+    """How the members of each ensemble agreed and what became of it, beside the best member of the same seed."""
+    scores = {as_text(cell.get("id")): as_number(as_table(as_table(cell.get("estimates")).get(primary)).get("value")) for cell in cells}
+    less, share, rows = primary == "target_nll", primary in shares, []
+    for cell in cells:
+        told = as_table(cell.get("ensemble"))
+        if not told:
+            continue
+        known = {arm: value for arm, one in as_table(told.get("members")).items() if (value := scores.get(as_text(one))) is not None}
+        best = (min if less else max)(known, key=lambda arm: known[arm], default="")
+        shown = [words.NOTHING if v is None else words.percent(v) if share else words.number(v) for v in (scores.get(as_text(cell.get("id"))), known.get(best))]
+        rows.append((
+            as_text(cell.get("arm")), words.setting(cell.get("seed")), as_text(cell.get("data")), as_text(told.get("vote")),
+            ", ".join(as_table(told.get("members"))), shown[0], f"{shown[1]} ({best})" if best else words.NOTHING,
+            words.percent(as_number(told.get("agreement")) or 0.0), *(words.number(as_number(told.get(key))) for key in ("tied", "abstained")),
+        ))  # fmt: skip
+    if rows:
+        columns = ("Ensemble", "Seed", "Data", "Vote", "Members", primary, "Best member", "Agreement", "Tied", "No winner")
+        note = (
+            "Agreement: the winner's mean share of the votes. The best member is chosen by this score itself, so it looks better than it is; whether the "
+            "ensemble beats a member is for the findings to say."
+        )
+        yield Table(title="Ensembles", columns=columns, rows=tuple(rows), source="cells/*.json", numeric=(1, 5, 7, 8, 9), note=note)
 
 
 def ranks(rankings: Rows) -> Iterator[Block]:

@@ -6,7 +6,7 @@ effect is after - before, no effect is 0, and interval and p-value come from one
 
 from .bayes import Posterior, rope_signed_rank, rope_t
 from .corrections import Correction, adjust
-from .crossed import interquartile_mean, performance_profile, seeds_and_items
+from .crossed import Freedom, interquartile_mean, performance_profile, seeds_and_items
 from .design import Comparison, compare_groups
 from .dominance import almost_stochastic_order
 from .effects import a12, cliffs_delta, cohen_d, eta_squared, glass_delta, hedges_g, odds_ratio, omega_squared, rank_biserial, risk_difference
@@ -21,16 +21,18 @@ from .proportions import chi_square, clopper_pearson, fisher_exact, mcnemar_exac
 from .ranking import Rank, rank_sets, tied_sets
 from .ranks import brunner_munzel, mann_whitney, wilcoxon
 from .sequential import anytime_difference
-from .significance import clustered_t, paired_t, student_t, tost, welch_t
+from .significance import Side, clustered_t, paired_t, student_t, tost, welch_t
 
 __all__ = [
     "Boundaries",
     "Check",
     "Comparison",
     "Correction",
+    "Freedom",
     "Plan",
     "Posterior",
     "Rank",
+    "Side",
     "a12",
     "adjust",
     "almost_stochastic_order",

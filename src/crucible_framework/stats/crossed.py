@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from ..errors import StatisticsError, TooFewError
 from ..records import Estimate, Finding
 from .samples import Floats, Sample, Values, check_level, left_out, sample, t_finding
+from .significance import Side, check_margin, margin_finding
 
 __all__ = ["interquartile_mean", "performance_profile", "seeds_and_items"]
 
+Freedom: TypeAlias = Literal["satterthwaite", "least"]
 _SOURCE = "Owen 2007, Annals of Applied Statistics 1:386-411 (crossed bootstrap); Cameron, Gelbach & Miller 2011; Miller 2024, arXiv 2411.00640"
 
 
@@ -32,6 +34,9 @@ def seeds_and_items(
     level: float = 0.95,
     resamples: int = 4000,
     seed: int = 0,
+    margin: float | None = None,
+    side: Side = "both",
+    freedom: Freedom = "satterthwaite",
 ) -> Finding:
     """Mean difference after - before of scores [seed][item], both sides on the same items.
 
@@ -44,15 +49,22 @@ def seeds_and_items(
         paired_seeds: row s of both sides shares what a seed decides (order of the data, initial weights).
         method: "t" has degrees of freedom by Satterthwaite; "bootstrap" draws seeds and clusters of items (percentiles) and is too narrow
             with fewer than about 10 seeds.
+        freedom: degrees of freedom of "t". "satterthwaite" weighs seeds and items by their variances; its p-values are too small where seeds vary much, are
+            two or three, and the level is far below 5 %; "least", seeds - 1, then still holds its level, at the price of power.
+        margin: asks instead whether the difference lies inside ±margin (or on one `side` of it), as `tost` does; the method is then "t".
 
     Raises:
         TooFewError: a side has a single seed (say so and use `paired_difference`), fewer than two complete items or clusters, or no spread.
-        StatisticsError: rows differ in length.
+        StatisticsError: rows differ in length, or a margin is not positive.
     """
     check_level(level)
-    for side, rows in (("before", before), ("after", after)):
+    if margin is not None:
+        check_margin(margin)
+        if method != "t":
+            raise StatisticsError(f"method is {method!r} with a margin; expected 't'.")
+    for where, rows in (("before", before), ("after", after)):
         if len(rows) < 2:
-            raise TooFewError(f"{name!r} has {len(rows)} seed(s) {side}; expected at least two. Use paired_difference, which is about items only.")
+            raise TooFewError(f"{name!r} has {len(rows)} seed(s) {where}; expected at least two. Use paired_difference, which is about items only.")
     lengths = {len(row) for row in (*before, *after)}
     if len(lengths) != 1 or (clusters is not None and len(clusters) not in lengths):
         raise StatisticsError(f"{name!r} has rows (or clusters) of different lengths {sorted(lengths)}; expected the same items in each row.")
@@ -69,7 +81,7 @@ def seeds_and_items(
     note = left_out(total - len(kept), total)
     if method == "bootstrap":
         return _bootstrapped(name, a, b, of_items, paired_seeds=paired_seeds, level=level, resamples=resamples, seed=seed, note=note)
-    return _analytic(name, a, b, of_items, paired_seeds=paired_seeds, level=level, note=note)
+    return _analytic(name, a, b, of_items, paired_seeds=paired_seeds, level=level, note=note, margin=margin, side=side, freedom=freedom)
 
 
 def _seed_parts(x: Floats) -> tuple[float, float]:
@@ -81,9 +93,12 @@ def _seed_parts(x: Floats) -> tuple[float, float]:
     return float(means.var(ddof=1)) / s, noise
 
 
-def _analytic(name: str, a: Floats, b: Floats, of_items: Sample, *, paired_seeds: bool, level: float, note: str) -> Finding:
-    sides = (b - a,) if paired_seeds else (a, b)
-    parts = [_seed_parts(side) for side in sides]
+def _analytic(
+    name: str, a: Floats, b: Floats, of_items: Sample, *, paired_seeds: bool, level: float, note: str, margin: float | None, side: Side,
+    freedom: Freedom,
+) -> Finding:  # fmt: skip
+    scores = (b - a,) if paired_seeds else (a, b)
+    parts = [_seed_parts(one) for one in scores]
     items = of_items.se() ** 2
     seeds, noise = sum(part[0] for part in parts), sum(part[1] for part in parts)
     variance = max(items + seeds - noise, items, seeds)
@@ -91,28 +106,24 @@ def _analytic(name: str, a: Floats, b: Floats, of_items: Sample, *, paired_seeds
     effect = float(b.mean() - a.mean())
     effect = 0.0 if abs(effect) <= 1e-13 * scale else effect
     if variance <= (1e-12 * scale) ** 2:
-        if effect:
+        if effect or margin is not None:
             raise TooFewError(f"{name!r} differs by {effect:g} for every seed and item: no spread, so no test is defined. Report the difference.")
         se, df = 0.0, float(of_items.units - 1)
     else:
         se = math.sqrt(variance)
         shares = [(items / variance) ** 2 / (of_items.units - 1)]
-        shares += [(part[0] / variance) ** 2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True)]
-        df = min(1 / sum(shares), float(of_items.units - 1 + sum(len(side) - 1 for side in sides)))
+        shares += [(part[0] / variance) ** 2 / (len(one) - 1) for part, one in zip(parts, scores, strict=True)]
+        df = min(1 / sum(shares), float(of_items.units - 1 + sum(len(one) - 1 for one in scores)))
+        if freedom == "least":
+            df = float(min(of_items.units - 1, *(len(one) - 1 for one in scores)))
     share = f", {seeds / (seeds + items):.0%} of the variance from seeds" if seeds + items > 0 else ""
     why = f"{_what(a, b, of_items, paired_seeds)}; other seeds and other items count{share}; {df:.3g} degrees of freedom{note}"
-    return t_finding(
-        name,
-        "two-way (seed × item) t test",
-        effect=effect,
-        se=se,
-        df=df,
-        n=a.size + b.size,
-        why=why,
-        source=_SOURCE,
-        level=level,
-        clusters=of_items.clusters,
-    )
+    n, clusters, kind = a.size + b.size, of_items.clusters, "two-way (seed × item) t"
+    if margin is not None:
+        return margin_finding(
+            name, kind, effect=effect, se=se, df=df, margin=margin, side=side, n=n, why=why, level=level, clusters=clusters, source=_SOURCE
+        )  # fmt: skip
+    return t_finding(name, f"{kind} test", effect=effect, se=se, df=df, n=n, why=why, source=_SOURCE, level=level, clusters=clusters)
 
 
 def _what(a: Floats, b: Floats, of_items: Sample, paired_seeds: bool) -> str:

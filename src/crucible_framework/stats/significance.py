@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -18,10 +19,14 @@ from .samples import Alternative, Sample, Values, differences, inside_unit, is_b
 
 __all__ = ["clustered_t", "paired_t", "student_t", "tost", "welch_t"]
 
+Side: TypeAlias = Literal["both", "lower", "upper"]
+"""Which margin a difference is held against: "lower" asks only whether it is above -margin (not worse, where more is better)."""
 _STUDENT = "Student 1908, The Probable Error of a Mean; Fisher 1925"
 _WELCH = "Welch 1947, Biometrika 34:28-35; Satterthwaite 1946"
 _CR1 = "Cameron & Miller 2015, J. Human Resources 50(2); Donner & Klar 2000, Design and Analysis of Cluster Randomization Trials"
 _TOST = "Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15:657-680; Lakens 2017"
+_ONE_MARGIN = "Piaggio et al. 2012, JAMA 308:2594-2604 (CONSORT for non-inferiority trials)"
+_TESTS = {"both": "TOST (two one-sided {kind} tests)", "lower": "one-sided {kind} test of non-inferiority", "upper": "one-sided {kind} test of non-superiority"}
 
 
 def _no_spread(name: str, a: Sample, b: Sample) -> TooFewError:
@@ -170,14 +175,17 @@ def tost(
     clusters: Sequence[str] | None = None,
     level: float = 0.95,
     bounded: bool | None = None,
+    side: Side = "both",
 ) -> Finding:
-    """Two one-sided tests of equivalence: is the difference of means inside (-margin, margin)?
+    """Two one-sided tests of equivalence: is the difference of means inside (-margin, margin)? With `side`, one of the two alone.
 
     A small p-value shows equivalence, that is: p < 1 - level exactly where the interval, of level 1 - 2α, lies inside the margins. This is
     the one finding whose p-value does not ask whether the interval leaves 0 out.
 
     Args:
         margin: the largest difference that does not matter; declare it before looking.
+        side: "lower" asks only whether the difference is above -margin (non-inferiority where more is better), "upper" only whether it is
+            below margin (where less is better).
         paired: pairs by position.
         clusters: the source of each pair (only with `paired`).
         bounded: whether the measure cannot leave [0, 1]; None takes it from the values.
@@ -186,8 +194,7 @@ def tost(
         TooFewError: too few values or pairs, or no spread in an unbounded measure.
         StatisticsError: margin is not positive, or clusters without paired.
     """
-    if not (margin > 0 and math.isfinite(margin)):
-        raise StatisticsError(f"margin is {margin!r}; expected a positive number: the largest difference that does not matter.")
+    check_margin(margin)
     if clusters is not None and not paired:
         raise StatisticsError("clusters were given for groups that are not paired; expected paired=True. Use clustered_t and read its interval.")
     a, b = pair_up(name, before, after, clusters) if paired else two_groups(name, before, after)
@@ -197,35 +204,55 @@ def tost(
     se, df = (d.se(), float(d.units - 1)) if d is not None else welch_terms(a, b)
     flat = d is not None and (se == 0 or (is_binary(both) and not d.clustered))
     if inside and margin < 1 and (flat or (d is None and is_binary(both))):
-        return _score_tost(name, a, b, d, margin=margin, level=level)
+        return _score_tost(name, a, b, d, margin=margin, level=level, side=side)
     if se == 0:
         raise TooFewError(f"{name!r} shows no spread, so equivalence cannot be tested; expected values that differ. Report the difference itself.")
-    return _t_tost(name, a, b, d, margin=margin, se=se, df=df, level=level)
+    what = "independent values" if d is None else "pairs" if not d.clustered else f"pairs from {d.units} clusters"
+    why = f"{what}, {df:.4g} degrees of freedom{a.note()}{b.note() if d is None else ''}"
+    n, units = len(a.x) + len(b.x) if d is None else len(d.x), None if d is None else d.clusters
+    return margin_finding(name, "t", effect=b.mean - a.mean, se=se, df=df, margin=margin, side=side, n=n, why=why, level=level, clusters=units)
 
 
-def _t_tost(name: str, a: Sample, b: Sample, d: Sample | None, *, margin: float, se: float, df: float, level: float) -> Finding:
+def check_margin(margin: float) -> None:
+    """StatisticsError where a margin is not positive."""
+    if not (margin > 0 and math.isfinite(margin)):
+        raise StatisticsError(f"margin is {margin!r}; expected a positive number: the largest difference that does not matter.")
+
+
+def margin_finding(
+    name: str, kind: str, *, effect: float, se: float, df: float, margin: float, side: Side, n: int, why: str, level: float, clusters: int | None,
+    source: str = "",
+) -> Finding:  # fmt: skip
+    """A finding that holds effect / se, with Student's t, against one margin or both; `se` > 0."""
     from scipy.special import stdtr
 
-    effect, wide = b.mean - a.mean, one_sided(level)
+    wide = one_sided(level)
     above, below = (effect + margin) / se, (effect - margin) / se
     half = t_critical(df, wide) * se
-    what = "independent values" if d is None else "pairs" if not d.clustered else f"pairs from {d.units} clusters"
+    statistic, p = _against(above, below, float(stdtr(df, -above)), float(stdtr(df, below)), side)
     return Finding(
         name=name,
-        test="TOST (two one-sided t tests)",
-        statistic=above if abs(above) < abs(below) else below,
-        p_value=max(float(stdtr(df, -above)), float(stdtr(df, below))),
+        test=_TESTS[side].format(kind=kind),
+        statistic=statistic,
+        p_value=p,
         effect=effect,
         interval=(effect - half, effect + half),
-        n=len(a.x) + len(b.x) if d is None else len(d.x),
-        why=_margins(margin, wide) + f"; {what}, {df:.4g} degrees of freedom{a.note()}{b.note() if d is None else ''}",
-        source=_TOST,
+        n=n,
+        why=f"{_margins(margin, wide, side)}; {why}",
+        source="; ".join(filter(None, (_TOST if side == "both" else _ONE_MARGIN, source))),
         level=wide,
-        clusters=None if d is None else d.clusters,
+        clusters=clusters,
     )
 
 
-def _score_tost(name: str, a: Sample, b: Sample, d: Sample | None, *, margin: float, level: float) -> Finding:
+def _against(above: float, below: float, p_lower: float, p_upper: float, side: Side) -> tuple[float, float]:
+    """(the statistic that decides, its p-value): of both margins the nearer one."""
+    if side == "both":
+        return above if abs(above) < abs(below) else below, max(p_lower, p_upper)
+    return (above, p_lower) if side == "lower" else (below, p_upper)
+
+
+def _score_tost(name: str, a: Sample, b: Sample, d: Sample | None, *, margin: float, level: float, side: Side) -> Finding:
     from scipy.special import ndtr
 
     from .intervals import invert_score
@@ -239,20 +266,22 @@ def _score_tost(name: str, a: Sample, b: Sample, d: Sample | None, *, margin: fl
     effect, wide = b.mean - a.mean, one_sided(level)
     above, below = z_at(-margin), z_at(margin)
     _, _, low, high = invert_score(z_at, effect, wide)
+    statistic, p = _against(above, below, float(ndtr(-above)), float(ndtr(below)), side)
     return Finding(
         name=name,
-        test="TOST (two one-sided score tests)",
-        statistic=above if abs(above) < abs(below) else below,
-        p_value=max(float(ndtr(-above)), float(ndtr(below))),
+        test=_TESTS[side].format(kind="score"),
+        statistic=statistic,
+        p_value=p,
         effect=effect,
         interval=(low, high),
         n=len(a.x) + len(b.x) if d is None else len(d.x),
-        why=_margins(margin, wide) + "; shares of successes, or differences without spread, whose interval inverts the score test" + a.note(),
-        source=_TOST + "; Tango 1998; Miettinen & Nurminen 1985",
+        why=_margins(margin, wide, side) + "; shares of successes, or differences without spread, whose interval inverts the score test" + a.note(),
+        source=(_TOST if side == "both" else _ONE_MARGIN) + "; Tango 1998; Miettinen & Nurminen 1985",
         level=wide,
         clusters=None if d is None else d.clusters,
     )
 
 
-def _margins(margin: float, wide: float) -> str:
-    return f"asks whether the difference lies inside ±{margin:g}: exactly where the {wide:g} interval does, p < {(1 - wide) / 2:.3g}"
+def _margins(margin: float, wide: float, side: Side) -> str:
+    where = {"both": f"inside ±{margin:g}", "lower": f"above -{margin:g}", "upper": f"below {margin:g}"}[side]
+    return f"asks whether the difference lies {where}: exactly where the {wide:g} interval does, p < {(1 - wide) / 2:.3g}"
