@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from ..clock import system_clock
 from ..errors import ConfigError
+from ..promise import Promise
 from ..protocols import Clock, Sampler, Vote
 from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
 from .answers import Equal
 from .calibration import majority_is_safe
 from .ensemble import Read, ballot_of, gathered, merged_ballots, winners_completion
 from .pool import Member
-from .promise import Promise
 from .telling import tell_vote
 from .voting import votes
 

@@ -14,11 +14,11 @@ from typing import Literal, TypeAlias
 
 from ..clock import system_clock
 from ..errors import AllMembersFailedError, CapabilityError, ConfigError, NoConsensusError
+from ..promise import Promise, failure_of
 from ..protocols import Clock, Sampler, Vote
 from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
 from .answers import Equal, Kind, Reading, merge_by_meaning, read_answer
 from .pool import Breaker, Member, Pool, token_confidence
-from .promise import Promise, failure_of
 from .telling import tell_vote
 from .voting import LogOdds, settled, votes
 

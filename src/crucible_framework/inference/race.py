@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias, cast
 
 from .. import events
 from ..errors import AllMembersFailedError, AuthError, CapabilityError, ConfigError, DataError, ServiceError
-from ..protocols import Clock, HedgePolicy, OnTokens, Sampler, StreamSampler
-from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, Prompt, SamplingParams, record
+from ..promise import Promise
+from ..protocols import Clock, HedgePolicy, OnPiece, Sampler, StreamSampler
+from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, Piece, Prompt, SamplingParams, record
 from .ledger import Ledger
 from .pool import Price
-from .promise import Promise
 from .telling import tell_hedge
 
 __all__ = ["Answer", "Race", "Terms"]
@@ -47,21 +47,21 @@ class _Leg:
 
     def __init__(self, index: int, began_s: float, sampler: Sampler, price: Price | None) -> None:
         self.index, self.began_s, self.end_s, self.sampler, self.price, self.drawn = index, began_s, began_s, sampler, price, 0
-        self.future: Future[Answer] | Future[Completion] | None = None
+        self.future: Future[Answer] | None = None
         self.outcome: Literal["", "won", "lost", "cancelled", "failed"] = ""
 
 
 class Race:
-    """A request. With `on_tokens` the legs stream, and the first token decides: its leg gives the whole answer.
+    """A request. With `on_piece` the legs stream, and the first token decides: its leg gives the whole answer.
 
     `over` says that the winner is known and nothing may be added; a stream's winner (`leader`) goes on after that.
     """
 
-    __slots__ = ("base", "errors", "fallback", "hedged", "leader", "legs", "lock", "n", "on_tokens", "over", "params", "promise", "prompt", "start_s", "terms",
+    __slots__ = ("base", "errors", "fallback", "hedged", "leader", "legs", "lock", "n", "on_piece", "over", "params", "promise", "prompt", "start_s", "terms",
                  "timer")  # fmt: skip
 
-    def __init__(self, terms: Terms, prompt: Prompt, params: SamplingParams, n: int, *, base: int, hedged: bool, on_tokens: OnTokens | None = None) -> None:
-        self.terms, self.prompt, self.params, self.n, self.base, self.on_tokens = terms, prompt, params, n, base, on_tokens
+    def __init__(self, terms: Terms, prompt: Prompt, params: SamplingParams, n: int, *, base: int, hedged: bool, on_piece: OnPiece | None = None) -> None:
+        self.terms, self.prompt, self.params, self.n, self.base, self.on_piece = terms, prompt, params, n, base, on_piece
         self.hedged = hedged and terms.may_add
         self.promise: Promise[Answer] = Promise(self._given_up)
         self.lock = threading.RLock()
@@ -90,17 +90,17 @@ class Race:
         self.legs.append(leg)
         self._plan()
         try:
-            if self.on_tokens is None:
+            if self.on_piece is None:
                 leg.future = leg.sampler.sample(self.prompt, self.params, self.n)
             else:
                 streaming = cast("StreamSampler", leg.sampler)
-                leg.future = streaming.stream(self.prompt, self.params, lambda text, tokens: self._came(leg, text, tokens))
+                leg.future = streaming.stream(self.prompt, self.params, lambda piece: self._came(leg, piece), self.n)
         except Exception as error:
             self._failed(leg, error)
             return
         if self.over and leg is not self.leader:  # it was decided while this one was being sent
             leg.future.cancel()
-        leg.future.add_done_callback(lambda future: self._ended(leg, cast("Future[Answer] | Future[Completion]", future)))
+        leg.future.add_done_callback(lambda future: self._ended(leg, future))
 
     def _plan(self) -> None:
         """Arms the timer of the next leg."""
@@ -141,15 +141,15 @@ class Race:
             return True
 
     # --------------------------------------------------------------------------------------------------------- what happens
-    def _came(self, leg: _Leg, text: str, tokens: tuple[int, ...]) -> None:
+    def _came(self, leg: _Leg, piece: Piece) -> None:
         """A piece of a stream. The first piece of all decides; those of other legs that still come are waste."""
         with self.lock:
-            leg.drawn += len(tokens)
+            leg.drawn += len(piece.tokens)
             late = self._decide(leg) if self.leader is None and not self.over else []
         _cancel(late)
-        if self.leader is leg and self.on_tokens is not None and not self.promise.future.done():
+        if self.leader is leg and self.on_piece is not None and not self.promise.future.done():
             try:
-                self.on_tokens(text, tokens)
+                self.on_piece(piece)
             except Exception as error:  # the caller's own function
                 self.promise.fail(error)
                 _cancel([leg])
@@ -161,7 +161,7 @@ class Race:
         self._learn(ok=True)
         return late
 
-    def _ended(self, leg: _Leg, future: Future[Answer] | Future[Completion]) -> None:
+    def _ended(self, leg: _Leg, future: Future[Answer]) -> None:
         with self.lock:
             one, ledger = self.terms, self.terms.ledger
             error = None if future.cancelled() else future.exception()
@@ -176,8 +176,7 @@ class Race:
                 ledger.add(in_flight=-1, cancelled=1)
                 self._cut(leg)
                 return
-            given = future.result()
-            answer = given if isinstance(given, tuple) else (given,)
+            answer = future.result()
             ledger.book(answer, leg.price, in_flight=-1)
             if (self.over and leg is not self.leader) or self.promise.future.done():
                 ledger.waste(answer, leg.price)

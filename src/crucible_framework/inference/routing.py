@@ -18,11 +18,11 @@ from .. import events
 from ..clock import system_clock
 from ..errors import CapabilityError, ConfigError, FormatError
 from ..files import read_json, read_lines, write_json
+from ..promise import Promise
 from ..protocols import Clock, Router, Sampler
 from ..records import Completion, Prompt, SamplingParams, record
 from .bandits import routers
 from .pool import Pool
-from .promise import Promise
 
 __all__ = ["Ceiling", "Routed", "RoutedSampler", "load_router", "prompt_features", "read_routes", "save_router"]
 
