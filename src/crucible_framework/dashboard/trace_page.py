@@ -28,7 +28,7 @@ def _decision(node: TraceNode, trace: Trace) -> Markup:
         element("b", {"class": "chose"}, chose),
         f"  confidence {words.number(sure)}" if sure is not None else "",
     )
-    because = element("p", {"class": "because"}, "because ", as_text(node.fields.get("because")) or "no reason was recorded")
+    because = element("p", {"class": "because"}, "because ", node.because or "no reason was recorded")
     causes = [one.title for one in trace.why(node.id)]
     led = element("p", {"class": "soft small"}, "led to by: ", " ← ".join(causes)) if causes else join()
     return element("div", {"class": "decision"}, element("p", None, facts), element("p", {"class": "options"}, "among ", *options), because, led)

@@ -59,7 +59,8 @@ class StreamContract:
         whole = done(stream.stream(PROMPT, SEEDED, pieces.append, n))
         _same(list(pieces), whole)
         assert len(pieces) > n
-        for streamed, sampled in zip(whole, done(stream.sample(PROMPT, SEEDED, n)), strict=True):
+        sampled_whole = done(stream.sample(PROMPT, SEEDED, n))
+        for streamed, sampled in zip(whole, sampled_whole, strict=True):
             assert (streamed.tokens, streamed.text, streamed.stop_reason) == (sampled.tokens, sampled.text, sampled.stop_reason)
             assert streamed.prompt_tokens == sampled.prompt_tokens
 

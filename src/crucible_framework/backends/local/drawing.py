@@ -93,7 +93,7 @@ class _Request:
 
 def _tell(job: AskJob, started: float, **fields: int | str) -> None:
     duration_s = time.perf_counter() - started
-    job.context.run(lambda: events.emit("inference.sample", model=job.item.model, n=job.item.n, duration_s=duration_s, **fields))
+    job.context.run(lambda: events.past("inference.sample", duration_s, model=job.item.model, n=job.item.n, **fields))
 
 
 @dataclass(slots=True, eq=False)
