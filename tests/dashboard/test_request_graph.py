@@ -65,8 +65,7 @@ def test_the_picture_has_a_line_for_every_link(asked: Path, tags: Callable[[str]
     svg = graph_svg(trace)
     lines = [found.get("class") for tag, found in tags(svg).found if tag == "path" and found.get("class")]
     because = [edge for edge in trace.edges() if edge[2] == "because"]
-    pairs = {(start, end) for start, end, _ in because}
-    inside = [edge for edge in trace.edges() if edge[2] == "in" and (edge[0], edge[1]) not in pairs]
+    inside = [edge for edge in trace.edges() if edge[2] == "in" and edge[1] not in {end for _, end, _ in because}]
     assert lines.count("edge because") == len(because)
     assert lines.count("edge in") == len(inside)
     places = [(float(x), float(y)) for x, y in re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"', svg)]

@@ -15,7 +15,7 @@ __all__ = ["graph_html", "graph_svg", "requests_table"]
 
 REQUESTS = ("hedge.request", "route.request", "ensemble.request")
 _MOST, _LISTED = 150, 50
-_WIDTH, _HEIGHT, _ACROSS, _DOWN = 176, 44, 194, 84
+_WIDTH, _HEIGHT, _ACROSS, _DOWN = 190, 44, 208, 84
 
 
 def _tops(trace: Trace) -> list[TraceNode]:
@@ -78,8 +78,12 @@ def _second_line(node: TraceNode) -> str:
     return " · ".join(part for part in (who, how, took) if part)
 
 
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def graph_svg(trace: Trace) -> Markup:
-    """The graph from above to below: solid from a span to what happened in it, dashed from a cause to what it led to."""
+    """The graph from above to below: dashed from a cause to what it led to, solid from a span to what happened in it without one."""
     nodes = trace.nodes[:_MOST]
     known = {node.id for node in nodes}
     edges = [edge for edge in trace.edges() if edge[0] in known and edge[1] in known and edge[0] != edge[1]]
@@ -91,11 +95,11 @@ def graph_svg(trace: Trace) -> Markup:
         for level, layer in enumerate(layers)
         for column, node in enumerate(layer)
     }
-    causal = {(start, end) for start, end, kind in edges if kind == "because"}
+    caused = {end for _, end, kind in edges if kind == "because"}
     lines = []
     for start, end, kind in edges:
-        if kind == "in" and (start, end) in causal:
-            continue
+        if kind == "in" and end in caused:
+            continue  # its causes say more; the list says where it happened
         (x1, y1), (x2, y2) = places[start], places[end]
         x1, y1, x2 = x1 + _WIDTH / 2, y1 + _HEIGHT, x2 + _WIDTH / 2
         bend = max(18.0, (y2 - y1) / 2)
@@ -109,8 +113,8 @@ def graph_svg(trace: Trace) -> Markup:
             element(
                 "g", {"class": f"node {node.kind}"}, element("title", None, told),
                 element("rect", {"x": x, "y": y, "width": _WIDTH, "height": _HEIGHT, "rx": 6}),
-                element("text", {"x": x + 8, "y": y + 18, "class": "name"}, words.clip(node.title, 26)),
-                element("text", {"x": x + 8, "y": y + 34, "class": "detail"}, words.clip(_second_line(node), 30)),
+                element("text", {"x": x + 8, "y": y + 18, "class": "name"}, _short(node.title, 24)),
+                element("text", {"x": x + 8, "y": y + 34, "class": "detail"}, _short(_second_line(node), 28)),
             )
         )  # fmt: skip
     arrow = element("marker", {"id": "arrow", "viewBox": "0 0 8 8", "refX": 7, "refY": 4, "markerWidth": 7, "markerHeight": 7, "orient": "auto"},
@@ -135,6 +139,6 @@ def graph_html(name: str, trace: Trace, request: str, *, base: str, tabs: Sequen
         element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", link(name, base)),
         element("h1", None, "A request's way"),
         element("p", {"class": "subtitle"}, f"{words.when(trace[request].start_s)}, {words.counted(decisions, 'decision')}"),
-        element("p", {"class": "legend graph-key"}, "Solid: happened inside. Dashed: led to. Filled: a decision, with its reason."),
+        element("p", {"class": "legend graph-key"}, "Dashed: led to. Solid: happened inside. Framed in colour: a decision, with its reason."),
     )
     return page("A request's way", *top, graph_svg(shown), element("h2", None, "Step by step"), trace_body(shown), tab="/traces", tabs=tabs)
