@@ -41,8 +41,8 @@ from crucible_framework.inference import (
     Thompson,
     best_hedge,
 )
-from crucible_framework.protocols import Clock, OnTokens, Router, Sampler
-from crucible_framework.records import Completion, Prompt, SamplingParams
+from crucible_framework.protocols import Clock, OnPiece, Router, Sampler
+from crucible_framework.records import Completion, Piece, Prompt, SamplingParams
 from crucible_framework.testing import VirtualClock
 
 Floats = NDArray[np.float64]
@@ -93,18 +93,19 @@ class Leg:
 class Talking(Leg):
     """Streams `max_tokens` tokens, the first after the i-th time and then one every 20 ms."""
 
-    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
-        future: Future[Completion] = Future()
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[tuple[Completion, ...]]:
+        del n
+        future: Future[tuple[Completion, ...]] = Future()
 
         def say(number: int) -> None:
             if future.cancelled():
                 return
-            on_tokens("w ", (number,))
+            on_piece(Piece(index=0, text="w ", tokens=(number,), logprobs=(-0.1,)))
             if number + 1 < params.max_tokens:
                 self.clock.call_later(0.02, lambda: say(number + 1))
             elif future.set_running_or_notify_cancel():
                 tokens = tuple(range(params.max_tokens))
-                future.set_result(Completion(text="w " * len(tokens), tokens=tokens, logprobs=(), stop_reason="length", prompt_tokens=10))
+                future.set_result((Completion(text="w " * len(tokens), tokens=tokens, logprobs=(), stop_reason="length", prompt_tokens=10),))
 
         self.clock.call_later(self.after_s[int(str(prompt))], lambda: say(0))
         return future
@@ -194,7 +195,7 @@ def streams(n: int) -> Row:
     def ask(i: int) -> None:
         began_s = clock.now()
 
-        def told(text: str, tokens: tuple[int, ...]) -> None:
+        def told(piece: Piece) -> None:
             seen[i] = seen[i] or clock.now() - began_s
 
         sampler.stream(str(i), SamplingParams(max_tokens=30), told)

@@ -24,6 +24,7 @@ from .records import Json
 
 __all__ = [
     "Event",
+    "OpenSpan",
     "Sink",
     "collect",
     "continued",
@@ -31,11 +32,15 @@ __all__ = [
     "decision",
     "emit",
     "in_run",
+    "linked",
     "listening",
+    "opened",
+    "past",
     "span",
     "subscribe",
     "to_logging",
     "traceparent",
+    "within",
 ]
 
 Event: TypeAlias = Mapping[str, Json]
@@ -47,6 +52,8 @@ _lock = threading.Lock()
 _run: contextvars.ContextVar[str] = contextvars.ContextVar("crucible_run", default="")
 _span: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar("crucible_span", default=("", ""))
 """(trace, span): 32 and 16 hex digits, as W3C Trace Context has them."""
+_above: contextvars.ContextVar[tuple[OpenSpan | None, str]] = contextvars.ContextVar("crucible_above", default=(None, ""))
+"""The open span that the work is done for, and the decision in it that asked for the work."""
 _ids = itertools.count(1)
 _process = os.urandom(4).hex()
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
@@ -152,13 +159,114 @@ class Span:
                                   "kind": "span", "duration_s": duration_s}  # fmt: skip
         if kind is not None:
             event["error"] = kind.__name__
+        _link(event, identity, parent)
         event.update(self.fields)
         _send(event)
+
+
+def _link(event: dict[str, Json], identity: str, parent: str) -> None:
+    """A span directly below an open one was caused by what that decided, and may be what its answer comes from."""
+    above, cause = _above.get()
+    if above is not None and above.id == parent:
+        above.found.append(identity)
+        if cause:
+            event["causes"] = [cause]
 
 
 def span(name: str, **fields: Json) -> Span:
     """Times a `with` block and emits one event at its end, with `duration_s`, and `error` where it raised. Spans nest by context."""
     return Span(name, fields)
+
+
+def past(name: str, duration_s: float, **fields: Json) -> None:
+    """A span that is over: what `span` would have emitted for a block that took so long and ends now."""
+    if _sinks:
+        (trace, parent), identity = _span.get(), _new_id()
+        event: dict[str, Json] = {"ts": time.time(), "name": name, "run": _run.get(), "span": identity, "parent": parent,
+                                  "trace": trace or os.urandom(16).hex(), "kind": "span", "duration_s": duration_s}  # fmt: skip
+        _link(event, identity, parent)
+        event.update(fields)
+        _send(event)
+
+
+class OpenSpan:
+    """A span of work that goes on in futures and callbacks and ends once, wherever that is. Made by `opened`.
+
+    Attributes:
+        id: of the span.
+        found: ids of what was done directly below it: what an answer comes from.
+    """
+
+    __slots__ = ("_above", "_cause", "_name", "_open", "_parent", "_run", "_start_s", "_trace", "fields", "found", "id")
+
+    def __init__(self, name: str, fields: dict[str, Json]) -> None:
+        trace, self._parent = _span.get()
+        self._above, self._cause = _above.get()
+        self._name, self._trace, self._run, self._start_s, self._open = name, trace or os.urandom(16).hex(), _run.get(), time.perf_counter(), True
+        self.id, self.found, self.fields = _new_id(), list[str](), fields
+
+    def end(self, answer: str = "", **fields: Json) -> None:
+        """Emits the span; later calls do nothing. `answer` is the id of the decision in it that gave its result."""
+        with _lock:
+            open_, self._open = self._open, False
+        if open_:
+            event: dict[str, Json] = {"ts": time.time(), "name": self._name, "run": self._run, "span": self.id, "parent": self._parent, "trace": self._trace,
+                                      "kind": "span", "duration_s": time.perf_counter() - self._start_s}  # fmt: skip
+            if self._above is not None and self._above.id == self._parent:
+                self._above.found.append(answer or self.id)
+            if self._cause:
+                event["causes"] = [self._cause]
+            event |= self.fields | fields
+            _send(event)
+
+    def emit(self, name: str, **fields: Json) -> None:
+        """An event in the span, from any thread."""
+        _send({"ts": time.time(), "name": name, "run": self._run, "span": self.id, "parent": "", "trace": self._trace, **fields})
+
+
+def opened(name: str, **fields: Json) -> OpenSpan | None:
+    """Begins a span that `OpenSpan.end` ends; None where nobody listens."""
+    return OpenSpan(name, fields) if _sinks else None
+
+
+def within(open_span: OpenSpan | None, cause: str = "") -> Within:
+    """What is asked in the block is done for an open span, because of a decision in it. None for the span does nothing."""
+    return Within(open_span, cause)
+
+
+class Within:
+    """The block that `within` makes."""
+
+    __slots__ = ("_cause", "_open", "_tokens")
+
+    def __init__(self, open_span: OpenSpan | None, cause: str = "") -> None:
+        self._open, self._cause = open_span, cause
+
+    def __enter__(self) -> None:
+        if self._open is not None:
+            one = self._open  # the run too: a timer's thread is in none
+            self._tokens = _span.set((one._trace, one.id)), _above.set((one, self._cause)), _run.set(one._run)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._open is not None:
+            _span.reset(self._tokens[0])
+            _above.reset(self._tokens[1])
+            _run.reset(self._tokens[2])
+
+
+def linked(open_span: OpenSpan | None, name: str, causes: Sequence[str] = (), **fields: Json) -> str:
+    """An event in an open span that others can name as their cause, with its own; gives its id, "" where nobody listens.
+
+    With the fields `what`, `chose` and `among` it is a decision, whose `reason` and `probability` say why and how surely.
+    """
+    if not _sinks:
+        return ""
+    identity = f"d{_new_id()}"
+    link: dict[str, Json] = {"id": identity}
+    if found := [cause for cause in causes if cause]:
+        link["causes"] = list[Json](found)
+    (emit if open_span is None else open_span.emit)(name, **(link | fields))
+    return identity
 
 
 def decision(what: str, *, chose: str, among: Sequence[str], because: str, confidence: float | None = None, causes: Sequence[str] = (), **fields: Json) -> str:

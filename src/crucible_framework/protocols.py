@@ -29,6 +29,7 @@ from .records import (
     Json,
     LoraConfig,
     OptimOutput,
+    Piece,
     Prompt,
     SamplingParams,
     Score,
@@ -49,7 +50,7 @@ __all__ = [
     "HedgePolicy",
     "Loss",
     "LossFn",
-    "OnTokens",
+    "OnPiece",
     "Penalty",
     "PenaltyFn",
     "Report",
@@ -162,15 +163,20 @@ class Sampler(Protocol):
         ...
 
 
-OnTokens: TypeAlias = Callable[[str, tuple[int, ...]], None]
-"""(new text, its tokens) as they come, in order, on any thread. The text may be "" where a character is not complete yet."""
+OnPiece: TypeAlias = Callable[[Piece], None]
+"""Gets each `Piece` as it comes, those of one sample in order, one at a time, on any thread."""
 
 
+@runtime_checkable
 class StreamSampler(Sampler, Protocol):
-    """A Sampler that also tells its answer while it is being drawn."""
+    """A Sampler that also tells its answers while they are being drawn."""
 
-    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
-        """One completion; the texts of all pieces together are its text. Cancelling the future ends the drawing and the pieces."""
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[tuple[Completion, ...]]:
+        """What `sample` gives for the same seed, told piece by piece; the future resolves after the last piece.
+
+        Texts, tokens and log-probs of a sample's pieces together are those of its completion. A reader that is slow holds up neither the drawing
+        nor other readers. Cancelling the future ends the drawing at once; what `on_piece` raises does too, and fails the future.
+        """
         ...
 
 

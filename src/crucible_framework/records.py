@@ -42,6 +42,7 @@ __all__ = [
     "Message",
     "ModelVersion",
     "OptimOutput",
+    "Piece",
     "Prompt",
     "Role",
     "SamplingParams",
@@ -447,6 +448,25 @@ class Completion:
     stop_reason: Literal["stop", "length"]
     prompt_tokens: int
     duration_s: float = 0.0
+
+
+@record
+class Piece:
+    """What one of a stream's samples has drawn anew.
+
+    Attributes:
+        index: of the sample, from 0.
+        text: what is certain now and was not told before; "" where a character is not complete yet, or a stop may have begun.
+        tokens: at least one; of them the last may be a stop, which is in no text.
+        logprobs: of the tokens, as in a `Completion`.
+        stop_reason: why the sample ended; None where it goes on.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: Literal["stop", "length"] | None = None
 
 
 @record

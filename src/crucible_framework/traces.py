@@ -52,7 +52,12 @@ class TraceNode:
     @property
     def confidence(self) -> float | None:
         """How sure a decision was, where that was recorded."""
-        return _number(self.fields.get("confidence"))
+        return _number(self.fields.get("confidence", self.fields.get("probability")))
+
+    @property
+    def because(self) -> str:
+        """Why a decision was made, "" where nobody said."""
+        return _text(self.fields.get("because", self.fields.get("reason")))
 
 
 @record
@@ -200,7 +205,7 @@ def _node(event: Mapping[str, Json], index: int) -> TraceNode:
     causes = tuple(map(_text, found)) if isinstance(found := event.get("causes"), list) else ()
     if event.get("kind") == "span":
         return TraceNode(id=span, kind="span", name=name, parent=_text(event.get("parent")), causes=causes, start_s=end - duration, end_s=end, fields=fields)
-    kind: Kind = "decision" if name == "decision" else "event"
+    kind: Kind = "decision" if name == "decision" or ("what" in event and "chose" in event) else "event"
     identity = _text(event.get("id")) or f"e{index}"
     return TraceNode(id=identity, kind=kind, name=name, parent=span, causes=causes, start_s=end - duration, end_s=end, fields=fields)
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crucible_framework.errors import BackendError
-from crucible_framework.inference.promise import Promise
-from crucible_framework.protocols import OnTokens, Sampler
-from crucible_framework.records import Completion, Prompt, SamplingParams
+from crucible_framework.promise import Promise
+from crucible_framework.protocols import OnPiece, Sampler
+from crucible_framework.records import Completion, Piece, Prompt, SamplingParams
 from crucible_framework.testing import VirtualClock
 
 PARAMS = SamplingParams(max_tokens=8)
@@ -95,8 +95,9 @@ class Talking:
         self.clock, self.first_s, self.each_s, self.word, self.fails_after, self.stops = clock, first_s, each_s, word, fails_after, stops
         self.calls = self.given_up = 0
 
-    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
-        future: Future[Completion] = Future()
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[tuple[Completion, ...]]:
+        assert n == 1
+        future: Future[tuple[Completion, ...]] = Future()
         if not self.stops:
             future.set_running_or_notify_cancel()
         timer: list[Callable[[], None]] = []
@@ -105,16 +106,16 @@ class Talking:
             if self.fails_after == number:
                 future.set_exception(BackendError(f"the stream broke off after {number} tokens"))
                 return
-            on_tokens(f"{self.word} ", (number,))
+            on_piece(Piece(index=0, text=f"{self.word} ", tokens=(number,), logprobs=(-0.1,)))
             if future.cancelled():
                 return
             if number + 1 < params.max_tokens:
                 timer[:] = [self.clock.call_later(self.each_s, lambda: say(number + 1))]
                 return
             tokens = tuple(range(params.max_tokens))
-            future.set_result(Completion(text=f"{self.word} " * len(tokens), tokens=tokens, logprobs=(), stop_reason="length", prompt_tokens=10))
+            future.set_result((Completion(text=f"{self.word} " * len(tokens), tokens=tokens, logprobs=(), stop_reason="length", prompt_tokens=10),))
 
-        def ended(done: Future[Completion]) -> None:
+        def ended(done: Future[tuple[Completion, ...]]) -> None:
             if done.cancelled():
                 self.given_up += 1
                 timer[0]()
@@ -125,13 +126,13 @@ class Talking:
         return future
 
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:
-        inner = self.stream(prompt, params, lambda text, tokens: None)
+        inner = self.stream(prompt, params, lambda piece: None)
 
         def given_up() -> None:
             inner.cancel()
 
         promise: Promise[tuple[Completion, ...]] = Promise(given_up)
-        inner.add_done_callback(lambda done: None if done.cancelled() else promise.give((done.result(),)))
+        inner.add_done_callback(lambda done: None if done.cancelled() else promise.give(done.result()))
         return promise.future
 
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:

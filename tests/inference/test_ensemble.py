@@ -27,7 +27,7 @@ from crucible_framework.inference import (
     read_ranking,
     token_confidence,
 )
-from crucible_framework.inference.promise import Promise
+from crucible_framework.promise import Promise
 from crucible_framework.protocols import Sampler
 from crucible_framework.records import Ballot, Completion, LoraConfig, Prompt, SamplingParams, Verdict
 from crucible_framework.store import Models

@@ -13,7 +13,7 @@ from crucible_framework.data import ByteTokenizer
 from crucible_framework.errors import AllMembersFailedError, BackendError, CapabilityError, ConfigError
 from crucible_framework.inference import Fixed, HedgedSampler, Member, Never, Pool, Price, Streamed
 from crucible_framework.protocols import Backend, Sampler
-from crucible_framework.records import Completion, Prompt, SamplingParams
+from crucible_framework.records import Completion, Piece, Prompt, SamplingParams
 from crucible_framework.testing import VirtualClock
 
 from .simulated import Ready, Talking
@@ -28,9 +28,9 @@ class Heard:
     def __init__(self, clock: VirtualClock) -> None:
         self.clock, self.pieces = clock, list[tuple[float, str]]()
 
-    def __call__(self, text: str, tokens: tuple[int, ...]) -> None:
-        assert tokens
-        self.pieces.append((self.clock.now(), text))
+    def __call__(self, piece: Piece) -> None:
+        assert piece.tokens
+        self.pieces.append((self.clock.now(), piece.text))
 
 
 def test_the_first_token_decides_and_its_leg_gives_the_whole_answer() -> None:
@@ -44,8 +44,8 @@ def test_the_first_token_decides_and_its_leg_gives_the_whole_answer() -> None:
     assert not future.done()
     assert slow.given_up == 1
     clock.advance(10.0)  # longer than the slow leg would have needed: the quick one goes on and is not hedged again
-    assert future.result(0).text == "quick quick quick "
-    assert "".join(text for _, text in heard.pieces) == future.result(0).text
+    assert future.result(0)[0].text == "quick quick quick "
+    assert "".join(text for _, text in heard.pieces) == future.result(0)[0].text
     stats = sampler.stats
     assert (stats.calls, stats.wins, stats.cancelled, stats.drawn, stats.wasted_drawn, stats.in_flight) == (2, 1, 1, 3, 0, 0)
     assert clock.pending == 0
@@ -73,7 +73,7 @@ def test_a_loser_that_does_not_stop_is_booked_as_waste() -> None:
     future = sampler.stream("?", SamplingParams(max_tokens=4), heard)
     clock.advance(10.0)
     assert len(heard.pieces) == 4
-    assert future.result(0).text == "w " * 4
+    assert future.result(0)[0].text == "w " * 4
     stats = sampler.stats
     assert (stats.drawn, stats.wasted_drawn, stats.in_flight) == (8, 4, 0)
     assert (stats.cost, stats.wasted_cost) == (8.0, 4.0)
@@ -94,7 +94,7 @@ def test_failures_before_the_first_token_are_rescued_and_after_it_are_given() ->
                 future.result(0)
             assert (sampler.stats.calls, sampler.stats.wasted_drawn) == (1, 2)
         else:
-            assert future.result(0).text == "w w w "
+            assert future.result(0)[0].text == "w w w "
             assert sampler.stats.rescued == 1
     both = [Talking(clock, first_s=(0.1,), fails_after=0) for _ in range(2)]
     future = HedgedSampler(both, Fixed(9.0), budget=1.0, clock=clock).stream("?", PARAMS, Heard(clock))
@@ -122,7 +122,7 @@ def test_a_listener_that_raises_fails_the_answer_and_ends_the_drawing() -> None:
     clock = VirtualClock()
     leg = Talking(clock, first_s=(0.1,))
 
-    def listener(text: str, tokens: tuple[int, ...]) -> None:
+    def listener(piece: Piece) -> None:
         raise ValueError("mine")
 
     future = HedgedSampler(leg, Never(), clock=clock).stream("?", PARAMS, listener)
@@ -134,14 +134,12 @@ def test_a_listener_that_raises_fails_the_answer_and_ends_the_drawing() -> None:
 
 def test_what_cannot_stream_says_so() -> None:
     with pytest.raises(CapabilityError, match="ready cannot stream"):
-        HedgedSampler(Ready("a")).stream("?", PARAMS, lambda text, tokens: None)
+        HedgedSampler(Ready("a")).stream("?", PARAMS, lambda piece: None)
     with pytest.raises(CapabilityError):
         HedgedSampler(Ready("a"), first_token=True)
     leg = Talking(VirtualClock())
     with pytest.raises(ConfigError, match="accept and first_token"):
         HedgedSampler(leg, first_token=True, accept=lambda answer: True)
-    with pytest.raises(ConfigError, match="n is 2"):
-        HedgedSampler(leg, first_token=True).sample("?", PARAMS, 2)
     with pytest.raises(ConfigError, match="every=0"):
         Streamed(Ready("a"), ByteTokenizer(), every=0)
 
@@ -158,7 +156,7 @@ def test_the_tail_of_the_first_token_falls_by_seventy_percent() -> None:
     def ask(i: int) -> None:
         began_s = clock.now()
 
-        def told(text: str, tokens: tuple[int, ...]) -> None:
+        def told(piece: Piece) -> None:
             seen[i] = seen[i] or clock.now() - began_s
 
         sampler.stream("?", SamplingParams(max_tokens=10), told)
@@ -182,7 +180,7 @@ def backend() -> Iterator[Backend]:
 
 def pieces(sampler: Sampler, backend: Backend, prompt: Prompt, params: SamplingParams, every: int) -> tuple[list[str], Completion]:
     texts: list[str] = []
-    done = Streamed(sampler, backend.tokenizer("tiny"), every=every).stream(prompt, params, lambda text, tokens: texts.append(text)).result(60)
+    done = Streamed(sampler, backend.tokenizer("tiny"), every=every).stream(prompt, params, lambda piece: texts.append(piece.text)).result(60)[0]
     return texts, done
 
 
@@ -227,14 +225,14 @@ class Script:
                                                        ("EN EN END", ("END",), "EN EN "), ("aab", ("ab",), "a"), ("EN", ("END",), "EN")])  # fmt: skip
 def test_stops_and_characters_across_pieces(written: str, stop: tuple[str, ...], said: str, every: int) -> None:
     texts: list[str] = []
-    done = Streamed(Script(written), ByteTokenizer(), every=every).stream("?", SamplingParams(max_tokens=64, stop=stop), lambda text, _: texts.append(text))
-    assert done.result(0).text == said == "".join(texts)
-    assert done.result(0).stop_reason == "stop"
+    done = Streamed(Script(written), ByteTokenizer(), every=every).stream("?", SamplingParams(max_tokens=64, stop=stop), lambda piece: texts.append(piece.text))
+    assert done.result(0)[0].text == said == "".join(texts)
+    assert done.result(0)[0].stop_reason == "stop"
     assert "\ufffd" not in "".join(texts)
 
 
 def test_a_stream_of_pieces_fails_and_is_cancelled() -> None:
-    failing = Streamed(Ready(BROKEN), ByteTokenizer()).stream("?", PARAMS, lambda text, tokens: None)
+    failing = Streamed(Ready(BROKEN), ByteTokenizer()).stream("?", PARAMS, lambda piece: None)
     with pytest.raises(BackendError):
         failing.result(0)
     waiting: list[Future[tuple[Completion, ...]]] = []
@@ -244,6 +242,6 @@ def test_a_stream_of_pieces_fails_and_is_cancelled() -> None:
             waiting.append(Future())
             return waiting[-1]
 
-    streaming = Streamed(Waiting("abc"), ByteTokenizer()).stream("?", PARAMS, lambda text, tokens: None)
+    streaming = Streamed(Waiting("abc"), ByteTokenizer()).stream("?", PARAMS, lambda piece: None)
     assert streaming.cancel()
     assert waiting[0].cancelled()

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -31,9 +31,11 @@ from ..errors import BackendError, ConfigError, CorruptError, NotFoundError, Num
 from ..files import storage_errors, write_atomic
 from ..losses.apply import apply_loss, positions, some, spread, step_output, target_logprobs
 from ..losses.penalties import penalise
-from ..protocols import GradientHook, Gradients, Loss, Tokenizer
+from ..promise import Promise
+from ..protocols import GradientHook, Gradients, Loss, OnPiece, Tokenizer
 from ..records import AdamConfig, Batch, Capabilities, Checkpoint, Completion, LoraConfig, OptimOutput, Prompt, SamplingParams, StepOutput
 from .bigram import FIRST, SECOND, Bigram, Tensors, Tokens, adapted, generator_of
+from .telling import Teller
 
 __all__ = ["FakeBackend", "FakeSampler", "FakeSession"]
 
@@ -202,10 +204,26 @@ class FakeSampler:
 
         At temperature 0 the log-probs are those of temperature 1. Without a seed the draws depend on how much the backend was asked before.
         """
+        return self._backend.submit(self._sample, prompt, params, n, self._seed(params, n))
+
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[tuple[Completion, ...]]:
+        """The same, each token told when it is drawn; see `StreamSampler`."""
+        seed, promise = self._seed(params, n), Promise[tuple[Completion, ...]]()
+        teller = Teller(promise, on_piece, self._backend.bytes, params, n=n, context=contextvars.copy_context())
+
+        def draw() -> None:
+            try:
+                self._sample(prompt, params, n, seed, teller)
+            except Exception as error:
+                teller.fail(error)
+
+        self._backend.submit(draw)
+        return promise.future
+
+    def _seed(self, params: SamplingParams, n: int) -> tuple[int, int]:
         if n < 1:
             raise ConfigError(f"n is {n!r}; expected a whole number of at least 1.")
-        seed = (0, next(self._backend.numbers)) if params.seed is None else (1, params.seed)
-        return self._backend.submit(self._sample, prompt, params, n, seed)
+        return (0, next(self._backend.numbers)) if params.seed is None else (1, params.seed)
 
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
         """log p of each token of `completion` after `prompt` at temperature 1."""
@@ -220,20 +238,33 @@ class FakeSampler:
         logits = self._logits()(ids)[:-1]
         return tuple(torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:, None]))[:, 0].tolist())
 
-    def _sample(self, prompt: Prompt, params: SamplingParams, n: int, seed: tuple[int, int]) -> tuple[Completion, ...]:
+    def _sample(self, prompt: Prompt, params: SamplingParams, n: int, seed: tuple[int, int], teller: Teller | None = None) -> tuple[Completion, ...]:
         with events.span("inference.sample", model=self.model, n=n) as span:
-            ids = render_prompt(prompt, self._backend.bytes)
-            done = tuple(self._one(ids, params, generator_of(*seed, index)) for index in range(n))
-            span.set(prompt_tokens=len(ids), completion_tokens=sum(len(completion.tokens) for completion in done))
-            return done
+            ids, done, drawn = render_prompt(prompt, self._backend.bytes), dict[int, Completion](), 0
+            rows = {index: self._one(ids, params, generator_of(*seed, index)) for index in range(n)}
+            index, token, logp, whole = 0, 0, 0.0, None
+            while rows and not (teller is not None and teller.over):
+                for index, row in tuple(rows.items()):
+                    token, logp, whole = next(row)
+                    drawn += 1
+                    if whole is not None:
+                        done[index] = whole
+                        del rows[index]
+                    if teller is not None and rows:
+                        teller.put(index, token, logp, whole)
+            span.set(prompt_tokens=len(ids), completion_tokens=drawn)
+        if teller is not None:  # the last one comes when the event has been sent, as the answer does
+            teller.put(index, token, logp, whole)
+        return tuple(done[index] for index in sorted(done))
 
-    def _one(self, ids: list[int], params: SamplingParams, generator: torch.Generator) -> Completion:
+    def _one(self, ids: list[int], params: SamplingParams, generator: torch.Generator) -> Iterator[tuple[int, float, Completion | None]]:
+        """(token, its log-prob, None), and with the last one the completion."""
         start, logits, tokenizer = time.perf_counter(), self._logits(), self._backend.bytes
         ends = {*tokenizer.eos_ids, *(stop for stop in params.stop if isinstance(stop, int))}
         strings = [stop for stop in params.stop if isinstance(stop, str)]
         tokens, logprobs = list[int](), list[float]()
-        text, stopped = "", False
-        while not stopped and len(tokens) < params.max_tokens:
+        text, whole = "", None
+        while whole is None:
             token, logp = _draw(logits(np.array([tokens[-1] if tokens else ids[-1]]))[0], params, generator)
             tokens.append(token)
             logprobs.append(logp)
@@ -242,8 +273,11 @@ class FakeSampler:
                 text = tokenizer.decode(tokens)
                 cuts = [at for stop in strings if (at := text.find(stop)) >= 0]
                 stopped, text = bool(cuts), text[: min(cuts, default=len(text))]
-        done = Completion(text=text, tokens=tuple(tokens), logprobs=tuple(logprobs), stop_reason="stop" if stopped else "length", prompt_tokens=len(ids))
-        return replace(done, duration_s=time.perf_counter() - start)
+            if stopped or len(tokens) == params.max_tokens:
+                reason: Literal["stop", "length"] = "stop" if stopped else "length"
+                whole = Completion(text=text, tokens=tuple(tokens), logprobs=tuple(logprobs), stop_reason=reason, prompt_tokens=len(ids))
+                whole = replace(whole, duration_s=time.perf_counter() - start)
+            yield token, logp, whole
 
 
 def _draw(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> tuple[int, float]:

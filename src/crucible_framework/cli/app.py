@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ..config import to_dict
 from ..errors import CrucibleError
+from .live import place
 from .reply import Reply, typed
 
 __all__ = ["build", "run"]
@@ -77,6 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = {GLOBAL[word] for word in arguments if word in GLOBAL}
     words = [word for word in arguments if word not in GLOBAL]
     typed.set(shlex.join(["crucible", *words]))
+    place.set(None if flags & {"json", "quiet"} else sys.stdout)
     try:
         reply = build(words)(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:

@@ -19,6 +19,7 @@ from ..protocols import Backend, Router, Sampler
 from ..records import Completion, Message, SamplingParams
 from ..records import Prompt as AnyPrompt
 from .jobs import chat, kept_events, resolve_model
+from .live import BETWEEN, aloud, ask_aloud
 from .reply import Reply
 
 __all__ = ["register"]
@@ -33,7 +34,7 @@ def sample(
     model: str, prompt: Prompt = None, /, *, interactive: Interactive = False, system: str | None = None, n: Count = 1, max_tokens: int = 128,
     temperature: float = 0.7, top_k: int = 0, top_p: float = 1.0, stop: list[str] | None = None, seed: int | None = None, hedge: bool = False,
     hedge_after_s: float | None = None, route: list[str] | None = None, router: str = "thompson", router_state: Path | None = None,
-    reward: str | None = None, backend: str = "local",
+    reward: str | None = None, stream: bool | None = None, backend: str = "local",
 ) -> Reply:  # fmt: skip
     """Ask a base model, a run, a checkpoint or a registered model.
 
@@ -55,6 +56,7 @@ def sample(
         router: thompson, kl_ucb, exp3, sliding_window, round_robin, least_loaded, weighted or best_performing.
         router_state: a file with what the router learned; read where it exists, written after the answer.
         reward: `module:function` from (prompt, completions) to a number in [0, 1]; 1 for any answer where none is given.
+        stream: print each token as it is drawn; on a terminal that is so anyway. With --json the answer comes whole.
         backend: local or fake.
     """
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop or ()), seed=seed)
@@ -72,14 +74,15 @@ def sample(
             text = "" if sys.stdin.isatty() else "\n".join(answer.text for answer in answers)
         else:
             words = sys.stdin.read() if prompt == "-" else prompt or ""
-            answers = asked.sample((*first, Message(role="user", content=words)), params, n).result()
-            text = "\n---\n".join(answer.text for answer in answers)
+            out = aloud(asked, stream)
+            answers = ask_aloud(asked, (*first, Message(role="user", content=words)), params, n, out=out)
+            text = "" if out is not None else BETWEEN.join(answer.text for answer in answers)
         if router_state is not None and routing is not None:
             save_router(routing.router, router_state)
     chosen = [event for event in seen if event["name"] == "route.chosen"]
     if routing is None and not hedges:
         return Reply(answers, text)
-    return Reply(_data(answers, chosen, hedges), text + _note(chosen, hedges))
+    return Reply(_data(answers, chosen, hedges), "\n\n".join(part for part in (text, _note(chosen, hedges)) if part))
 
 
 def _asked(
@@ -119,7 +122,7 @@ def _note(chosen: list[events.Event], hedges: Mapping[str, HedgedSampler]) -> st
     fired = sum(one.stats.fired for one in hedges.values())
     won = sum(one.stats.wins for one in hedges.values())
     parts += [f"{fired} sent again, {won} answered first"] if hedges else []
-    return f"\n\n({'; '.join(parts)})" if parts else ""
+    return f"({'; '.join(parts)})" if parts else ""
 
 
 def pool_of(engine: Backend, models: list[str]) -> Pool:

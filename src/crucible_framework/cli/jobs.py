@@ -12,10 +12,11 @@ from ..config import from_dict, load_toml, merge, parse_overrides, places
 from ..data import load_dataset, with_shots
 from ..errors import ConfigError, NotFoundError, UnknownNameError
 from ..evaluation import require_sandbox
-from ..protocols import Sampler
+from ..protocols import Sampler, StreamSampler
 from ..records import Checkpoint, Completion, Dataset, Message, SamplingParams, TrainConfig, record
 from ..sinks import to_jsonl
 from ..store import Checkpoints, Models, load_checkpoint
+from .live import ask_aloud
 
 __all__ = ["DataChoice", "TrainJob", "chat", "kept_events", "load_data", "load_job", "load_rows", "numbers", "resolve_model", "runnable"]
 
@@ -138,8 +139,8 @@ def chat(sampler: Sampler, params: SamplingParams, messages: tuple[Message, ...]
         if not words:
             return tuple(said)
         messages = (*messages, Message(role="user", content=words))
-        answer = sampler.sample(messages, params).result()[0]
-        if terminal:
+        (answer,) = ask_aloud(sampler, messages, params, out=sys.stderr if terminal else None)
+        if terminal and not isinstance(sampler, StreamSampler):
             print(answer.text, file=sys.stderr, flush=True)
         messages = (*messages, Message(role="assistant", content=answer.text))
         said.append(answer)

@@ -25,10 +25,12 @@ from ..traces import load_trace
 from . import live
 from .asked import AskedEvents
 from .figures import Plot, csv_text, plot_csv, plot_svg, plots_in
+from .frame import url
 from .models_page import model_page, models_page
 from .play_page import play_page
 from .playground import Playground, params_from, verdict_on
 from .reading import Workspace
+from .request_graph import graph_html, requests_table
 from .requests_page import request_plots, requests_page
 from .run_pages import MOST_COMPARED, chart_svg, compare_page, compare_plots, run_html, run_plots
 from .runs_page import runs_page
@@ -45,6 +47,7 @@ __all__ = ["Pages"]
 _STATIC = Path(__file__).with_name("static")
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _MOST_POINTS = 5000
+_OUTSIDE, _ASKED = "asked outside runs", "/traces/asked"
 
 
 class Pages:
@@ -110,21 +113,32 @@ class Pages:
         return model_page(self.models.get(reference), ancestry(self.models, reference, self.workspace.root), self.tabs, token)
 
     def traces(self, request: Request) -> str:
-        """The runs that have a trace."""
+        """What has a trace: runs, and what was asked outside any."""
         del request
+        places = [(info.name, url("runs", info.name, "trace"), info.folder) for info in self.workspace.infos()]
         rows = []
-        for info in self.workspace.infos():
-            if (info.folder / "events.jsonl").is_file():
-                nodes = load_trace(info.folder).nodes
+        for name, where, folder in (*places, (_OUTSIDE, _ASKED, self.workspace.root)):
+            if (folder / "events.jsonl").is_file():
+                nodes = load_trace(folder).nodes
                 spans, decisions, events = (sum(node.kind == kind for node in nodes) for kind in ("span", "decision", "event"))
-                rows.append((info.name, spans, decisions, events))
+                rows.append((name, where, spans, decisions, events))
         return traces_page(rows, self.tabs)
 
     def trace(self, request: Request) -> str:
-        """One run's trace."""
+        """One run's trace, or the graph of one request in it."""
         name = request.path_params["run"]
-        found = load_trace(self.workspace.folder(name))
-        return trace_html(name, found, text=request.query_params.get("q", ""), kind=request.query_params.get("kind", ""), tabs=self.tabs)
+        return self._trace(request, name, self.workspace.folder(name), home=url("runs", name))
+
+    def asked_trace(self, request: Request) -> str:
+        """The trace of what was asked outside any run."""
+        return self._trace(request, _OUTSIDE, self.workspace.root, home=None)
+
+    def _trace(self, request: Request, name: str, folder: Path, *, home: str | None) -> str:
+        found, base, asked = load_trace(folder), _ASKED if home is None else f"{home}/trace", request.query_params
+        if "request" in asked:
+            return graph_html(name, found, asked["request"], base=base, tabs=self.tabs)
+        requests = requests_table(found, base)
+        return trace_html(name, found, requests, text=asked.get("q", ""), kind=asked.get("kind", ""), tabs=self.tabs, home=home)
 
     def play(self, request: Request) -> str:
         """The playground."""

@@ -9,7 +9,7 @@ from ..reports import words
 from ..reports.markup import Markup, element, join, raw
 from ..reports.sources import as_list, as_text
 from ..traces import Trace, TraceNode
-from .frame import empty_state, field, link, page, table, url
+from .frame import empty_state, field, link, page, table
 
 __all__ = ["render_trace", "trace_body", "trace_html", "traces_page"]
 
@@ -28,7 +28,7 @@ def _decision(node: TraceNode, trace: Trace) -> Markup:
         element("b", {"class": "chose"}, chose),
         f"  confidence {words.number(sure)}" if sure is not None else "",
     )
-    because = element("p", {"class": "because"}, "because ", as_text(node.fields.get("because")) or "no reason was recorded")
+    because = element("p", {"class": "because"}, "because ", node.because or "no reason was recorded")
     causes = [one.title for one in trace.why(node.id)]
     led = element("p", {"class": "soft small"}, "led to by: ", " ← ".join(causes)) if causes else join()
     return element("div", {"class": "decision"}, element("p", None, facts), element("p", {"class": "options"}, "among ", *options), because, led)
@@ -72,8 +72,8 @@ def trace_body(trace: Trace) -> Markup:
     return join(element("ul", {"class": "trace"}, *(entry(node, 0, frozenset((node.id,))) for node in tops)), cut)
 
 
-def trace_html(name: str, trace: Trace, *, text: str, kind: str, tabs: Sequence[tuple[str, str]]) -> str:
-    """The page of a run's trace."""
+def trace_html(name: str, trace: Trace, requests: Markup, *, text: str, kind: str, tabs: Sequence[tuple[str, str]], home: str | None = None) -> str:
+    """The page of a trace: that of the run `name`, or of what happened outside any where `home` is None; above it a table of its requests."""
     form = element(
         "form",
         {"class": "tools", "role": "search"},
@@ -96,22 +96,24 @@ def trace_html(name: str, trace: Trace, *, text: str, kind: str, tabs: Sequence[
         hits = trace.query(text=text, where=(lambda node: node.kind == kind) if kind else None)
         shown = Trace(nodes=hits)
     files = [
-        link(label, url("runs", name, f"trace.{suffix}"), download=f"{name}-trace.{suffix}")
+        link(label, f"{home}/trace.{suffix}", download=f"{name}-trace.{suffix}")
         for label, suffix in (("HTML", "html"), ("Mermaid", "mmd"), ("PROV-JSON", "json"))
+        if home is not None
     ]
     top = (
-        element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", link(name, url("runs", name))),
+        element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", name if home is None else link(name, home)),
         element("h1", None, f"Trace of {name}"),
         element("p", {"class": "subtitle"}, counts),
         element("p", {"class": "links"}, *files),
         form,
     )
-    return page(f"Trace of {name}", *top, trace_body(shown), tab="/traces", tabs=tabs)
+    listed = join() if text or kind else requests
+    return page(f"Trace of {name}", *top, listed, trace_body(shown), tab="/traces", tabs=tabs)
 
 
-def traces_page(rows: Iterable[tuple[str, int, int, int]], tabs: Sequence[tuple[str, str]]) -> str:
-    """The runs that have events: (name, spans, decisions, events)."""
-    cells = [(link(name, url("runs", name, "trace")), f"{spans:,}", f"{decisions:,}", f"{events:,}") for name, spans, decisions, events in rows]
+def traces_page(rows: Iterable[tuple[str, str, int, int, int]], tabs: Sequence[tuple[str, str]]) -> str:
+    """What has events, the runs and what was asked outside any: (name, address, spans, decisions, events)."""
+    cells = [(link(name, where), f"{spans:,}", f"{decisions:,}", f"{events:,}") for name, where, spans, decisions, events in rows]
     shown = table(("Run", "Spans", "Decisions", "Events"), cells, name="Traces", numeric=(1, 2, 3))
     if not cells:
         shown = empty_state("No run has recorded events yet.", "Every run keeps its own events; each stands here as a graph.", "crucible demo --quick")

@@ -10,6 +10,7 @@ from .rendering import Rendered, render, render_all
 from .sources import Row, read_rows
 from .splits import Leak, deduplicate, k_fold, leaks, sample_examples, split_dataset, with_shots
 from .tokens import ByteTokenizer, HuggingFaceTokenizer, completion_tokens, render_prompt
+from .unfolding import Unfolding
 
 __all__ = [
     "DATASETS",
@@ -23,6 +24,7 @@ __all__ = [
     "Rendered",
     "Row",
     "Source",
+    "Unfolding",
     "completion_tokens",
     "datasets",
     "deduplicate",

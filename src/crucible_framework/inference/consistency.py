@@ -6,15 +6,16 @@ import threading
 from concurrent.futures import Future
 from dataclasses import replace
 
+from .. import events
 from ..clock import system_clock
 from ..errors import ConfigError
+from ..promise import Promise
 from ..protocols import Clock, Sampler, Vote
 from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
 from .answers import Equal
 from .calibration import majority_is_safe
 from .ensemble import Read, ballot_of, gathered, merged_ballots, winners_completion
 from .pool import Member
-from .promise import Promise
 from .telling import tell_vote
 from .voting import votes
 
@@ -89,6 +90,7 @@ class _Draws:
         self.over = False
         self.lock = threading.RLock()
         self.start_s = owner.clock.now()
+        self.span = events.opened("ensemble.request", model=owner.model, mode="self_consistency")
 
     def begin(self) -> Future[Verdict]:
         future = self.promise.future
@@ -99,9 +101,10 @@ class _Draws:
         count = min(self.owner.batch, self.owner.samples - len(self.ballots))
         params = self.params if self.params.seed is None else replace(self.params, seed=self.params.seed + len(self.ballots))
         try:
-            future = self.owner.sampler.sample(self.prompt, params, count)
+            with events.within(self.span):
+                future = self.owner.sampler.sample(self.prompt, params, count)
         except Exception as error:
-            self.promise.fail(error)
+            self._fail(error)
             return
         with self.lock:
             self.running = future
@@ -127,11 +130,19 @@ class _Draws:
                 return
             verdict = replace(self.owner.vote(self._cast()), duration_s=self.owner.clock.now() - self.start_s)
         except Exception as error:
-            self.promise.fail(error)
+            self._fail(error)
             return
-        drawn = len(self.ballots)
-        tell_vote(self.prompt, verdict, "self_consistency", heard=drawn)
+        vote = tell_vote(
+            self.span, self.prompt, verdict, "self_consistency", heard=len(self.ballots), causes=() if self.span is None else self.span.found
+        )  # fmt: skip
+        if self.span is not None:
+            self.span.end(vote)
         self.promise.give(verdict)
+
+    def _fail(self, error: Exception) -> None:
+        if self.span is not None:
+            self.span.end(error=type(error).__name__)
+        self.promise.fail(error)
 
     def _cast(self) -> tuple[Ballot, ...]:
         cast, merge = tuple(self.ballots), self.owner.merge
@@ -144,6 +155,8 @@ class _Draws:
         return majority_is_safe({answer: answers.count(answer) for answer in answers}, self.owner.confidence)
 
     def _given_up(self) -> None:
+        if self.span is not None:
+            self.span.end(error="CancelledError")
         with self.lock:
             self.over = True
             running = self.running

@@ -12,13 +12,14 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
+from .. import events
 from ..clock import system_clock
 from ..errors import AllMembersFailedError, CapabilityError, ConfigError, NoConsensusError
+from ..promise import Promise, failure_of
 from ..protocols import Clock, Sampler, Vote
-from ..records import Ballot, Completion, Prompt, SamplingParams, Verdict
+from ..records import Ballot, Completion, Json, Prompt, SamplingParams, Verdict
 from .answers import Equal, Kind, Reading, merge_by_meaning, read_answer
 from .pool import Breaker, Member, Pool, token_confidence
-from .promise import Promise, failure_of
 from .telling import tell_vote
 from .voting import LogOdds, settled, votes
 
@@ -228,6 +229,8 @@ class _Round:
         self.running: dict[str, Future[tuple[Completion, ...]]] = {}
         self.timers: list[Callable[[], None]] = []
         self.over = False
+        self.span = events.opened("ensemble.request", model=ensemble.model, mode=ensemble.mode)
+        self.members: dict[str, events.OpenSpan] = {}
 
     def begin(self) -> Future[Verdict]:
         one, future = self.ensemble, self.promise.future
@@ -255,8 +258,13 @@ class _Round:
                 self.ballots[member.name] = Ballot(member=member.name, answer=None, weight=member.weight, error="set aside by its breaker")
                 continue
             began_s = self.ensemble.clock.now()
+            asked = None
+            if self.span is not None:
+                with events.within(self.span):
+                    asked = self.members[member.name] = events.OpenSpan("ensemble.member", {"member": member.name, "model": member.sampler.model})
             try:
-                future = member.sampler.sample(self.prompt, self.params, 1)
+                with events.within(asked):
+                    future = member.sampler.sample(self.prompt, self.params, 1)
             except Exception as error:  # a member that refuses at once has failed like any other
                 breaker.report(False)
                 self.ballots[member.name] = self._failed(member, f"{type(error).__name__}: {error}", began_s)
@@ -266,6 +274,8 @@ class _Round:
             return
 
     def _failed(self, member: Member, why: str, began_s: float) -> Ballot:
+        if member.name in self.members:
+            self.members[member.name].end(error=why)
         return Ballot(member=member.name, answer=None, weight=member.weight, error=why, latency_s=self.ensemble.clock.now() - began_s)
 
     def _answered(self, member: Member, began_s: float, future: Future[tuple[Completion, ...]]) -> None:
@@ -282,6 +292,8 @@ class _Round:
                 self._end(error)
                 return
             self.ballots[member.name] = ballot
+            if member.name in self.members:
+                self.members[member.name].end(answer_read=ballot.answer, confidence=ballot.confidence)
             if self.ensemble.mode == "hedged" and why:
                 self._start_next()
             self._look()
@@ -356,17 +368,23 @@ class _Round:
             return
         skipped = tuple(member.name for member in one.pool if member.name not in self.ballots)
         verdict = replace(verdict, skipped=skipped, duration_s=one.clock.now() - self.start_s)
-        tell_vote(self.prompt, verdict, one.mode, heard=heard)
-        self._end(verdict)
+        heard_of = [cause for ballot in cast if not ballot.error and (span := self.members.get(ballot.member)) for cause in (span.id, *span.found)]
+        vote = tell_vote(self.span, self.prompt, verdict, one.mode, heard=heard, causes=heard_of)
+        self._end(verdict, vote)
 
-    def _end(self, outcome: Verdict | Exception) -> None:
-        self._given_up()
+    def _end(self, outcome: Verdict | Exception, vote: str = "") -> None:
+        self._given_up(vote, **({"error": type(outcome).__name__} if isinstance(outcome, Exception) else {}))
         if isinstance(outcome, Exception):
             self.promise.fail(outcome)
         else:
             self.promise.give(outcome)
 
-    def _given_up(self) -> None:
+    def _given_up(self, vote: str = "", **fields: Json) -> None:
+        """Ends the round; without a vote or an error who asked has cancelled."""
+        if self.span is not None:
+            for member in self.members.values():
+                member.end(error="CancelledError")
+            self.span.end(vote, **(fields if vote or fields else {"error": "CancelledError"}))
         with self.lock:
             self.over = True
             timers, running = self.timers, list(self.running.values())

@@ -11,12 +11,11 @@ from concurrent.futures import Future
 
 from ..clock import system_clock
 from ..errors import CapabilityError, ConfigError
-from ..protocols import Clock, HedgePolicy, OnTokens, Sampler
-from ..records import Completion, Prompt, SamplingParams
+from ..protocols import Clock, HedgePolicy, OnPiece, Sampler, StreamSampler
+from ..records import Prompt, SamplingParams
 from .ledger import HedgeStats, Ledger
 from .policies import default_policy
 from .pool import Pool
-from .promise import Promise
 from .race import Answer, Race, Terms
 
 __all__ = ["HedgedSampler"]
@@ -96,54 +95,31 @@ class HedgedSampler:
         """The first good answer of the legs. Cancelling the future cancels every leg.
 
         The future fails with the error of the only call, or with AllMembersFailedError where several were made and none gave an answer.
-
-        Raises:
-            ConfigError: several answers at once, where the first token decides.
         """
-        if not self.first_token:
-            return self._race(prompt, params, n, None).begin()
-        if n != 1:
-            raise ConfigError(f"n is {n!r}; expected 1, since the first token decides which leg gives the answer. Ask {n} times, or without first_token.")
-        return self._race(prompt, params, 1, lambda _text, _tokens: None).begin()
+        return self._race(prompt, params, n, (lambda _piece: None) if self.first_token else None).begin()
 
-    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
-        """One answer piece by piece, from the leg whose first piece came first; see `StreamSampler`. Cancelling the future cancels every leg.
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[Answer]:
+        """The answer piece by piece, from the leg whose first piece came first; see `StreamSampler`. Cancelling the future cancels every leg.
 
         A leg that fails before its first piece is replaced like in `sample`; one that fails after it fails the answer, since the caller has
-        seen its beginning. What `on_tokens` raises fails the answer too.
+        seen its beginning. What `on_piece` raises fails the answer too.
 
         Raises:
             CapabilityError: a leg cannot stream.
         """
         self._check_streaming()
-        whole = self._race(prompt, params, 1, on_tokens).begin()
-
-        def given_up() -> None:
-            whole.cancel()
-
-        promise: Promise[Completion] = Promise(given_up)
-
-        def done(future: Future[Answer]) -> None:
-            if future.cancelled():
-                promise.future.cancel()
-            elif (error := future.exception()) is not None:
-                promise.fail(error)
-            else:
-                promise.give(future.result()[0])
-
-        whole.add_done_callback(done)
-        return promise.future
+        return self._race(prompt, params, n, on_piece).begin()
 
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
         """The first leg's, not hedged."""
         return self.legs[0].compute_logprobs(prompt, completion)
 
     def _check_streaming(self) -> None:
-        silent = [leg.model for leg in self.legs if not callable(getattr(leg, "stream", None))]
+        silent = [leg.model for leg in self.legs if not isinstance(leg, StreamSampler)]
         if silent:
             raise CapabilityError(f"{', '.join(silent)} cannot stream; expected legs with `stream`. Wrap them: Streamed(sampler, tokenizer).")
 
-    def _race(self, prompt: Prompt, params: SamplingParams, n: int, on_tokens: OnTokens | None) -> Race:
+    def _race(self, prompt: Prompt, params: SamplingParams, n: int, on_piece: OnPiece | None) -> Race:
         hedged = self.idempotent(prompt, params) if callable(self.idempotent) else self.idempotent
         number = self._terms.ledger.open()
-        return Race(self._terms, prompt, params, n, base=number if self.rotate else 0, hedged=hedged, on_tokens=on_tokens)
+        return Race(self._terms, prompt, params, n, base=number if self.rotate else 0, hedged=hedged, on_piece=on_piece)

@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias, cast
 
 from .. import events
 from ..errors import AllMembersFailedError, AuthError, CapabilityError, ConfigError, DataError, ServiceError
-from ..protocols import Clock, HedgePolicy, OnTokens, Sampler, StreamSampler
-from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, Prompt, SamplingParams, record
+from ..promise import Promise
+from ..protocols import Clock, HedgePolicy, OnPiece, Sampler, StreamSampler
+from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, Json, Piece, Prompt, SamplingParams, record
 from .ledger import Ledger
 from .pool import Price
-from .promise import Promise
 from .telling import tell_hedge
 
 __all__ = ["Answer", "Race", "Terms"]
@@ -43,25 +43,53 @@ class Terms:
 class _Leg:
     """A call that was started. `drawn` counts the tokens that a stream has given."""
 
-    __slots__ = ("began_s", "drawn", "end_s", "future", "index", "outcome", "price", "sampler")
+    __slots__ = ("began_s", "drawn", "end_s", "future", "index", "outcome", "price", "sampler", "span")
 
     def __init__(self, index: int, began_s: float, sampler: Sampler, price: Price | None) -> None:
         self.index, self.began_s, self.end_s, self.sampler, self.price, self.drawn = index, began_s, began_s, sampler, price, 0
-        self.future: Future[Answer] | Future[Completion] | None = None
+        self.future: Future[Answer] | None = None
         self.outcome: Literal["", "won", "lost", "cancelled", "failed"] = ""
+        self.span: events.OpenSpan | None = None
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Ids of what an answer of this call comes from."""
+        return () if self.span is None else (self.span.id, *self.span.found)
+
+    def tell_end(self) -> None:
+        """Ends its span."""
+        if self.span is not None:
+            self.span.end(outcome=self.outcome or "cancelled")
 
 
 class Race:
-    """A request. With `on_tokens` the legs stream, and the first token decides: its leg gives the whole answer.
+    """A request. With `on_piece` the legs stream, and the first token decides: its leg gives the whole answer.
 
     `over` says that the winner is known and nothing may be added; a stream's winner (`leader`) goes on after that.
     """
 
-    __slots__ = ("base", "errors", "fallback", "hedged", "leader", "legs", "lock", "n", "on_tokens", "over", "params", "promise", "prompt", "start_s", "terms",
-                 "timer")  # fmt: skip
+    __slots__ = (
+        "base",
+        "errors",
+        "fallback",
+        "hedged",
+        "leader",
+        "legs",
+        "lock",
+        "n",
+        "on_piece",
+        "over",
+        "params",
+        "promise",
+        "prompt",
+        "span",
+        "start_s",
+        "terms",
+        "timer",
+    )  # fmt: skip
 
-    def __init__(self, terms: Terms, prompt: Prompt, params: SamplingParams, n: int, *, base: int, hedged: bool, on_tokens: OnTokens | None = None) -> None:
-        self.terms, self.prompt, self.params, self.n, self.base, self.on_tokens = terms, prompt, params, n, base, on_tokens
+    def __init__(self, terms: Terms, prompt: Prompt, params: SamplingParams, n: int, *, base: int, hedged: bool, on_piece: OnPiece | None = None) -> None:
+        self.terms, self.prompt, self.params, self.n, self.base, self.on_piece = terms, prompt, params, n, base, on_piece
         self.hedged = hedged and terms.may_add
         self.promise: Promise[Answer] = Promise(self._given_up)
         self.lock = threading.RLock()
@@ -72,6 +100,7 @@ class Race:
         self.timer: Callable[[], None] | None = None
         self.leader: _Leg | None = None
         self.over = False
+        self.span = events.opened("hedge.request", legs=len(terms.legs), n=n)
 
     def begin(self) -> Future[Answer]:
         """Sends the first call, which the ledger has counted."""
@@ -84,23 +113,27 @@ class Race:
     def _place(self) -> int:
         return (self.base + len(self.legs)) % len(self.terms.legs)
 
-    def _launch(self) -> None:
+    def _launch(self, cause: str = "") -> None:
         one, place = self.terms, self._place()
         leg = _Leg(len(self.legs), one.clock.now(), one.legs[place], one.prices[place])
         self.legs.append(leg)
         self._plan()
+        if self.span is not None:
+            with events.within(self.span, cause):
+                leg.span = events.opened("hedge.leg", leg=leg.index, model=leg.sampler.model)
         try:
-            if self.on_tokens is None:
-                leg.future = leg.sampler.sample(self.prompt, self.params, self.n)
-            else:
-                streaming = cast("StreamSampler", leg.sampler)
-                leg.future = streaming.stream(self.prompt, self.params, lambda text, tokens: self._came(leg, text, tokens))
+            with events.within(leg.span):
+                if self.on_piece is None:
+                    leg.future = leg.sampler.sample(self.prompt, self.params, self.n)
+                else:
+                    streaming = cast("StreamSampler", leg.sampler)
+                    leg.future = streaming.stream(self.prompt, self.params, lambda piece: self._came(leg, piece), self.n)
         except Exception as error:
             self._failed(leg, error)
             return
         if self.over and leg is not self.leader:  # it was decided while this one was being sent
             leg.future.cancel()
-        leg.future.add_done_callback(lambda future: self._ended(leg, cast("Future[Answer] | Future[Completion]", future)))
+        leg.future.add_done_callback(lambda future: self._ended(leg, future))
 
     def _plan(self) -> None:
         """Arms the timer of the next leg."""
@@ -126,30 +159,29 @@ class Race:
             one = self.terms
             if self.over or not self.hedged or len(self.legs) >= one.max_legs or one.ledger.pay():
                 return False
-            events.emit(
-                "hedge.fired",
-                leg=len(self.legs),
-                delay_s=delay_s,
-                elapsed_s=one.clock.now() - self.start_s,
-                probability=probability,
-                credit=one.ledger.request(0, 0.0).credit,
-                reason=reason,
-                model=one.legs[self._place()].model,
-            )
+            fired = ""
+            if events.listening():
+                models, next_one = list(dict.fromkeys(leg.model for leg in one.legs)), one.legs[self._place()].model
+                credit = one.ledger.request(0, 0.0).credit
+                fired = events.linked(
+                    self.span, "hedge.fired", [leg.span.id for leg in self.legs if leg.span is not None], what="hedge", chose=next_one, among=models,
+                    leg=len(self.legs), delay_s=delay_s, elapsed_s=one.clock.now() - self.start_s, probability=probability, credit=credit, reason=reason,
+                    model=next_one,
+                )  # fmt: skip
             self._disarm()
-            self._launch()
+            self._launch(fired)
             return True
 
     # --------------------------------------------------------------------------------------------------------- what happens
-    def _came(self, leg: _Leg, text: str, tokens: tuple[int, ...]) -> None:
+    def _came(self, leg: _Leg, piece: Piece) -> None:
         """A piece of a stream. The first piece of all decides; those of other legs that still come are waste."""
         with self.lock:
-            leg.drawn += len(tokens)
+            leg.drawn += len(piece.tokens)
             late = self._decide(leg) if self.leader is None and not self.over else []
         _cancel(late)
-        if self.leader is leg and self.on_tokens is not None and not self.promise.future.done():
+        if self.leader is leg and self.on_piece is not None and not self.promise.future.done():
             try:
-                self.on_tokens(text, tokens)
+                self.on_piece(piece)
             except Exception as error:  # the caller's own function
                 self.promise.fail(error)
                 _cancel([leg])
@@ -161,7 +193,7 @@ class Race:
         self._learn(ok=True)
         return late
 
-    def _ended(self, leg: _Leg, future: Future[Answer] | Future[Completion]) -> None:
+    def _ended(self, leg: _Leg, future: Future[Answer]) -> None:
         with self.lock:
             one, ledger = self.terms, self.terms.ledger
             error = None if future.cancelled() else future.exception()
@@ -176,9 +208,10 @@ class Race:
                 ledger.add(in_flight=-1, cancelled=1)
                 self._cut(leg)
                 return
-            given = future.result()
-            answer = given if isinstance(given, tuple) else (given,)
+            answer = future.result()
             ledger.book(answer, leg.price, in_flight=-1)
+            if leg is self.leader:
+                self._end_stream(leg)
             if (self.over and leg is not self.leader) or self.promise.future.done():
                 ledger.waste(answer, leg.price)
             if leg is self.leader:
@@ -218,6 +251,7 @@ class Race:
 
     def _after_failure(self, leg: _Leg, error: BaseException) -> None:
         if leg is self.leader:  # its first words are with the caller, so no other leg can take over
+            self._end_stream(leg, error=type(error).__name__)
             self.promise.fail(error)
             return
         leg.end_s, leg.outcome = self.terms.clock.now(), "failed"
@@ -279,12 +313,27 @@ class Race:
         )
         outcome = HedgeOutcome(latency_s=self.terms.clock.now() - self.start_s, ok=ok, legs=legs)
         if events.listening():
-            tell_hedge(outcome, [leg.sampler.model for leg in self.legs])
+            for leg in self.legs:
+                if leg is not self.leader:
+                    leg.tell_end()
+            ended = tell_hedge(self.span, outcome, [leg.sampler.model for leg in self.legs], () if winner is None else winner.told)
+            if self.span is not None and self.leader is None:
+                self.span.end(ended, **({} if ok else {"error": "no answer"}))
         self.terms.policy.observe(outcome)
+
+    def _end_stream(self, leg: _Leg, **fields: Json) -> None:
+        """Ends the spans of a stream, which go on after its leg was chosen."""
+        leg.tell_end()
+        if self.span is not None:
+            self.span.end(leg.told[-1] if leg.told else "", **fields)
 
     def _given_up(self) -> None:
         """The receiver cancelled."""
         with self.lock:
+            for leg in self.legs:
+                leg.tell_end()
+            if self.span is not None:
+                self.span.end(error="CancelledError")
             late = self._close() if not self.over else []
             if self.leader is not None:
                 late.append(self.leader)

@@ -18,11 +18,11 @@ from .. import events
 from ..clock import system_clock
 from ..errors import CapabilityError, ConfigError, FormatError
 from ..files import read_json, read_lines, write_json
-from ..protocols import Clock, Router, Sampler
-from ..records import Completion, Prompt, SamplingParams, record
+from ..promise import Promise
+from ..protocols import Clock, OnPiece, Router, Sampler, StreamSampler
+from ..records import Completion, Json, Prompt, SamplingParams, record
 from .bandits import routers
 from .pool import Pool
-from .promise import Promise
 
 __all__ = ["Ceiling", "Routed", "RoutedSampler", "load_router", "prompt_features", "read_routes", "save_router"]
 
@@ -72,6 +72,8 @@ class _Asked:
     held: float
     began_s: float
     context: NDArray[np.float64] | None
+    span: events.OpenSpan | None
+    chosen: str
 
 
 def prompt_features(prompt: Prompt) -> NDArray[np.float64]:
@@ -232,11 +234,27 @@ class RoutedSampler:
 
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[Answer]:
         """The chosen member's answer. A failure is given as it is: wrap the members in a `HedgedSampler` to have another one asked."""
+        return self._ask(prompt, lambda sampler: sampler.sample(prompt, params, n))
+
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[Answer]:
+        """The same, told piece by piece; see `StreamSampler`.
+
+        Raises:
+            CapabilityError: a member cannot stream.
+        """
+        silent = [member.name for member in self.pool if not isinstance(member.sampler, StreamSampler)]
+        if silent:
+            raise CapabilityError(f"{', '.join(silent)} cannot stream; expected members with `stream`. Wrap them: Streamed(sampler, tokenizer).")
+        return self._ask(prompt, lambda sampler: cast("StreamSampler", sampler).stream(prompt, params, on_piece, n))
+
+    def _ask(self, prompt: Prompt, call: Callable[[Sampler], Future[Answer]]) -> Future[Answer]:
         context = self._features(prompt) if self._features is not None else None
         name, probability, held, why = self._choose(context)
         credit = None if self._ceiling is None else self._ceiling.credit
-        events.emit("route.chosen", chose=name, among=list(self.pool.names), probability=probability, credit=credit, reason=why)
-        began_s = self._clock.now()
+        span = events.opened("route.request", model=self.model)
+        fields: dict[str, Json] = {"probability": probability, "credit": credit, "reason": why}
+        chosen = events.linked(span, "route.chosen", what="route", chose=name, among=list(self.pool.names), **fields)
+        asked = _Asked(name=name, probability=probability, prompt=prompt, held=held, began_s=self._clock.now(), context=context, span=span, chosen=chosen)
         inner: list[Future[Answer]] = []
 
         def given_up() -> None:
@@ -244,18 +262,14 @@ class RoutedSampler:
                 one.cancel()
 
         promise: Promise[Answer] = Promise(given_up)
-
-        def done(future: Future[Answer]) -> None:
-            asked = _Asked(name=name, probability=probability, prompt=prompt, held=held, began_s=began_s, context=context)
-            self._learn(asked, future, promise)
-
         try:
-            inner.append(self.pool[name].sampler.sample(prompt, params, n))
+            with events.within(span, chosen):
+                inner.append(call(self.pool[name].sampler))
         except Exception as error:
             refused: Future[Answer] = Future()
             refused.set_exception(error)
             inner.append(refused)
-        inner[0].add_done_callback(done)
+        inner[0].add_done_callback(lambda future: self._learn(asked, future, promise))
         return promise.future
 
     def _learn(self, asked: _Asked, future: Future[Answer], promise: Promise[Answer]) -> None:
@@ -264,6 +278,7 @@ class RoutedSampler:
         price = self.pool[asked.name].price
         cost = price.of(future.result()) if ok and price is not None else 0.0
         reward = 0.0
+        ended = ""
         try:
             if ok:
                 reward = 1.0 if self._reward is None else self._reward(asked.prompt, future.result())
@@ -273,30 +288,33 @@ class RoutedSampler:
                 latency_s = self._clock.now() - asked.began_s
                 self.router.observe(asked.name, reward=reward, cost=cost, latency_s=latency_s, ok=ok, context=asked.context)
             if not future.cancelled():
-                self._tell(asked, reward, cost, latency_s, ok=ok)
+                ended = self._tell(asked, reward, cost, latency_s, ok=ok)
         except Exception as failure:  # the caller's own reward, or a router that refuses it
-            promise.fail(failure)
-            return
-        if future.cancelled():
-            promise.future.cancel()
-        elif error is not None:
+            error, ok = failure, False
+        if asked.span is not None:
+            asked.span.end(ended, **({} if ok else {"error": "CancelledError" if error is None else type(error).__name__}))
+        if error is not None:
             promise.fail(error)
+        elif not ok:
+            promise.future.cancel()
         else:
             promise.give(future.result())
 
-    def _tell(self, asked: _Asked, reward: float, cost: float, latency_s: float, *, ok: bool) -> None:
+    def _tell(self, asked: _Asked, reward: float, cost: float, latency_s: float, *, ok: bool) -> str:
+        """Logs how it went; gives the event's id."""
         if self._log is None and not events.listening():
-            return
+            return ""
         context = () if asked.context is None else tuple(asked.context.tolist())
         row = Routed(
             chose=asked.name, among=self.pool.names, probability=asked.probability, reward=reward, cost=cost, latency_s=latency_s, ok=ok, context=context
         )
-        events.emit(
-            "route.ended", chose=row.chose, among=list(row.among), probability=row.probability, reward=reward, cost=cost, latency_s=latency_s, ok=ok,
-            context=list(context),
+        ended = events.linked(
+            asked.span, "route.ended", (asked.chosen, *(() if asked.span is None else asked.span.found)), chose=row.chose, among=list(row.among),
+            probability=row.probability, reward=reward, cost=cost, latency_s=latency_s, ok=ok, context=list(context),
         )  # fmt: skip
         if self._log is not None:
             self._log(row)
+        return ended
 
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
         """Depends on who is asked: CapabilityError."""

@@ -6,12 +6,13 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Literal
 
-from ..data import render_prompt
+from ..data import Unfolding, render_prompt
 from ..errors import ConfigError
-from ..protocols import OnTokens, Sampler, Tokenizer
-from ..records import Completion, Prompt, SamplingParams
-from .promise import Promise
+from ..promise import Promise
+from ..protocols import OnPiece, Sampler, Tokenizer
+from ..records import Completion, Piece, Prompt, SamplingParams
 
 __all__ = ["Streamed"]
 
@@ -50,101 +51,121 @@ class Streamed:
         """The sampler's own, whole."""
         return self._sampler.sample(prompt, params, n)
 
-    def stream(self, prompt: Prompt, params: SamplingParams, on_tokens: OnTokens) -> Future[Completion]:
-        """One completion, told piece by piece. What `on_tokens` raises fails the future."""
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[tuple[Completion, ...]]:
+        """`n` completions, told piece by piece; see `StreamSampler`."""
+        if n < 1:
+            raise ConfigError(f"n is {n!r}; expected a whole number of at least 1.")
         ids = tuple(render_prompt(prompt, self._tokenizer))
-        return _Drawing(self._sampler, self._tokenizer, ids, params, on_tokens=on_tokens, sizes=(self._first, self._every)).begin()
+        return _Telling(self._sampler, self._tokenizer, ids, on_piece=on_piece, sizes=(self._first, self._every)).begin(params, n)
 
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
         """The sampler's own."""
         return self._sampler.compute_logprobs(prompt, completion)
 
 
+class _Telling:
+    """One request: what its answers share."""
+
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, ids: tuple[int, ...], *, on_piece: OnPiece, sizes: tuple[int, int]) -> None:
+        self.sampler, self.tokenizer, self.ids, self.sizes, self._on_piece = sampler, tokenizer, ids, sizes, on_piece
+        self.promise: Promise[tuple[Completion, ...]] = Promise()
+        self.promise.future.add_done_callback(lambda _: self._end())
+        self.over = False
+        self._drawings: list[_Drawing] = []
+        self._done: dict[int, Completion] = {}
+        self._lock = threading.RLock()
+
+    def begin(self, params: SamplingParams, n: int) -> Future[tuple[Completion, ...]]:
+        seeds = [None if params.seed is None else params.seed + 100_003 * index for index in range(n)]
+        self._drawings = [_Drawing(self, index, replace(params, seed=seed)) for index, seed in enumerate(seeds)]
+        for drawing in self._drawings:
+            drawing.more()
+        return self.promise.future
+
+    def tell(self, piece: Piece) -> None:
+        with self._lock:  # answers are drawn on any threads, and told one piece at a time
+            if not self.over:
+                self._on_piece(piece)
+
+    def give(self, index: int, completion: Completion) -> None:
+        with self._lock:
+            self._done[index] = completion
+            whole = len(self._done) == len(self._drawings)
+        if whole:
+            self.promise.give(tuple(self._done[place] for place in range(len(self._done))))
+
+    def _end(self) -> None:
+        self.over = True
+        for drawing in self._drawings:
+            drawing.give_up()
+
+
 class _Drawing:
     """One answer so far."""
 
-    def __init__(
-        self, sampler: Sampler, tokenizer: Tokenizer, ids: tuple[int, ...], params: SamplingParams, *, on_tokens: OnTokens, sizes: tuple[int, int]
-    ) -> None:
-        self.sampler, self.tokenizer, self.ids, self.params, self.on_tokens, self.sizes = sampler, tokenizer, ids, params, on_tokens, sizes
-        self.promise: Promise[Completion] = Promise(self._given_up)
+    def __init__(self, telling: _Telling, index: int, params: SamplingParams) -> None:
+        self.telling, self.index, self.params = telling, index, params
         self.stops = tuple(stop for stop in params.stop if isinstance(stop, str))
+        self.unfolding = Unfolding(telling.tokenizer, self.stops)
         self.lock = threading.Lock()
         self.tokens: tuple[int, ...] = ()
         self.logprobs: tuple[float, ...] = ()
-        self.told = ""
         self.running: Future[tuple[Completion, ...]] | None = None
-        self.over = False
         self.started = time.perf_counter()
 
-    def begin(self) -> Future[Completion]:
-        self._more()
-        return self.promise.future
-
-    def _more(self) -> None:
-        size = min(self.sizes[1] if self.tokens else self.sizes[0], self.params.max_tokens - len(self.tokens))
+    def more(self) -> None:
+        one = self.telling
+        size = min(one.sizes[1] if self.tokens else one.sizes[0], self.params.max_tokens - len(self.tokens))
         seed = None if self.params.seed is None else self.params.seed + len(self.tokens)
         try:
-            future = self.sampler.sample((*self.ids, *self.tokens), replace(self.params, max_tokens=size, seed=seed), 1)
+            future = one.sampler.sample((*one.ids, *self.tokens), replace(self.params, max_tokens=size, seed=seed), 1)
         except Exception as error:
-            self.promise.fail(error)
+            one.promise.fail(error)
             return
         with self.lock:
-            self.running, over = future, self.over
-        if over:
+            self.running = future
+        if one.over:
             future.cancel()
         future.add_done_callback(self._came)
 
     def _came(self, future: Future[tuple[Completion, ...]]) -> None:
-        if self.over or future.cancelled():
-            self.promise.future.cancel()
+        one = self.telling
+        if one.over or future.cancelled():
+            one.promise.future.cancel()
             return
         try:
             piece = future.result()[0]
             self.tokens, self.logprobs = (*self.tokens, *piece.tokens), (*self.logprobs, *piece.logprobs)
-            ended = piece.stop_reason == "stop"
-            text = self._text(piece, ended=ended)
+            stopped = piece.stop_reason == "stop"
+            text = self._text(piece, ended=stopped)
             cut = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=-1)
-            ended, text = ended or cut >= 0, text[:cut] if cut >= 0 else text
-            full = len(self.tokens) >= self.params.max_tokens or not piece.tokens
-            self._tell(text if ended or full else text[: len(text) - self._open(text)], piece.tokens)
-            if ended or full:
-                self.promise.give(
-                    Completion(
-                        text=text, tokens=self.tokens, logprobs=self.logprobs, stop_reason="stop" if ended else "length", prompt_tokens=len(self.ids),
-                        duration_s=time.perf_counter() - self.started,
-                    )
-                )  # fmt: skip
-                return
+            stopped, text = stopped or cut >= 0, text[:cut] if cut >= 0 else text
+            over = stopped or len(self.tokens) >= self.params.max_tokens or not piece.tokens
+            reason: Literal["stop", "length"] = "stop" if stopped else "length"
+            new = self.unfolding.end(text) if over else self.unfolding.add(piece.tokens)
+            one.tell(Piece(index=self.index, text=new, tokens=piece.tokens, logprobs=piece.logprobs, stop_reason=reason if over else None))
         except Exception as error:
-            self.promise.fail(error)
+            one.promise.fail(error)
             return
-        self._more()
+        if not over:
+            self.more()
+            return
+        duration_s = time.perf_counter() - self.started
+        one.give(
+            self.index, Completion(text=text, tokens=self.tokens, logprobs=self.logprobs, stop_reason=reason, prompt_tokens=len(one.ids), duration_s=duration_s)
+        )
 
     def _text(self, piece: Completion, *, ended: bool) -> str:
         """All that was drawn, as text; the end token is no part of it."""
         if len(piece.tokens) == len(self.tokens):
             return piece.text
-        drawn = self.tokens
-        if ended and drawn and (drawn[-1] in self.tokenizer.eos_ids or drawn[-1] in self.params.stop):
+        tokenizer, drawn = self.telling.tokenizer, self.tokens
+        if ended and drawn and (drawn[-1] in tokenizer.eos_ids or drawn[-1] in self.params.stop):
             drawn = drawn[:-1]
-        return self.tokenizer.decode(drawn)
+        return tokenizer.decode(drawn)
 
-    def _open(self, text: str) -> int:
-        """Characters at the end that further tokens may still change: a broken character, or the beginning of a stop."""
-        broken = len(text) - len(text.rstrip("\ufffd"))
-        starts = (size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-        return max(broken, max(starts, default=0))
-
-    def _tell(self, text: str, tokens: tuple[int, ...]) -> None:
-        if not text.startswith(self.told):  # a tokenizer that rewrites what it decoded before: say only what is certain
-            text = self.told
-        new, self.told = text[len(self.told) :], text
-        if not self.over:
-            self.on_tokens(new, tokens)
-
-    def _given_up(self) -> None:
+    def give_up(self) -> None:
         with self.lock:
-            self.over, running = True, self.running
+            running = self.running
         if running is not None:
             running.cancel()

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 from .. import events
+from ..events import OpenSpan
 from ..records import Ballot, HedgeOutcome, Json, Prompt, Verdict
 
 __all__ = ["prompt_digest", "tell_hedge", "tell_vote"]
@@ -46,11 +47,18 @@ def _ballot(ballot: Ballot) -> dict[str, Json]:
     return told | {key: value for key, value in extra.items() if value not in (None, "")}
 
 
-def tell_vote(prompt: Prompt, verdict: Verdict, mode: str, *, heard: int) -> None:
-    """Emits `ensemble.vote` with every ballot; `heard` members answered or abstained."""
+def tell_vote(span: OpenSpan | None, prompt: Prompt, verdict: Verdict, mode: str, *, heard: int, causes: Sequence[str] = ()) -> str:
+    """Emits `ensemble.vote` with every ballot; `heard` members answered or abstained. Gives its id."""
+    if not events.listening():
+        return ""
     words = _words(prompt)
-    events.emit(
+    return events.linked(
+        span,
         "ensemble.vote",
+        causes,
+        what="vote",
+        chose="no answer" if verdict.answer is None else verdict.answer,
+        among=list(dict.fromkeys(ballot.answer for ballot in verdict.ballots if ballot.answer is not None)),
         strategy=verdict.strategy,
         mode=mode,
         question=_cut(_turns(prompt)[-1][1]),
@@ -64,15 +72,22 @@ def tell_vote(prompt: Prompt, verdict: Verdict, mode: str, *, heard: int) -> Non
         skipped=list(verdict.skipped),
         tied=list(verdict.tied),
         reason=verdict.reason,
+        because=verdict.reason or f"{sum(one.answer == verdict.answer for one in verdict.ballots)} of {heard} said so, by the rule {verdict.strategy}",
         cost=verdict.cost,
         duration_s=verdict.duration_s,
     )
 
 
-def tell_hedge(outcome: HedgeOutcome, models: Sequence[str]) -> None:
-    """Emits `hedge.ended`: how long the request took and how each of its calls went; `models` are those of the calls, in order."""
+def tell_hedge(span: OpenSpan | None, outcome: HedgeOutcome, models: Sequence[str], causes: Sequence[str]) -> str:
+    """Emits `hedge.ended`: how long the request took and how each of its calls went; `models` are those of the calls, in order. Gives its id."""
     legs: list[Json] = [
         {"model": model, "started_s": leg.started_s, "latency_s": leg.latency_s, "outcome": leg.outcome}
         for leg, model in zip(outcome.legs, models, strict=True)
     ]
-    events.emit("hedge.ended", ok=outcome.ok, latency_s=outcome.latency_s, legs=legs)
+    won = next((place for place, leg in enumerate(outcome.legs) if leg.outcome == "won"), None)
+    chose = "no call" if won is None else f"call {won}: {models[won]}"
+    reason = "no call gave an answer" if won is None else "the only call" if len(legs) == 1 else f"it was the first of {len(legs)} with a good answer"
+    among: list[Json] = [f"call {place}: {model}" for place, model in enumerate(models)]
+    return events.linked(
+        span, "hedge.ended", causes, what="answer", chose=chose, among=among, reason=reason, ok=outcome.ok, latency_s=outcome.latency_s, legs=legs
+    )  # fmt: skip

@@ -22,7 +22,7 @@ from .hosts import is_loopback
 from .keys import Keys
 from .ledger import BusyError, GoneError, TooLargeError
 
-__all__ = ["Door", "Endpoint", "body_of", "json_response", "parsed"]
+__all__ = ["Door", "Endpoint", "body_of", "error_object", "json_response", "parsed"]
 
 M = TypeVar("M", bound=BaseModel)
 Endpoint: TypeAlias = Callable[[Request, str], Awaitable[Response]]
@@ -114,20 +114,26 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
-def error_response(error: Exception) -> Response:
-    """An error as HTTP: its sentence where we raised it, nothing of its inside where we did not."""
+def error_object(error: Exception) -> dict[str, str | int]:
+    """An error's sentence, class and status where we raised it, nothing of its inside where we did not."""
     if isinstance(error, CrucibleError):
-        status = next(code for kind, code in _STATUS if isinstance(error, kind))
-        response = json_response({"detail": str(error), "error": {"message": str(error), "type": type(error).__name__, "code": status}}, status)
+        return {"message": str(error), "type": type(error).__name__, "code": next(code for kind, code in _STATUS if isinstance(error, kind))}
+    return {"message": "internal error", "type": "InternalError", "code": 500}
+
+
+def error_response(error: Exception) -> Response:
+    """An error as HTTP."""
+    told = error_object(error)
+    status = int(told["code"])
+    if isinstance(error, CrucibleError):
+        response = json_response({"detail": str(error), "error": told}, status)
         if status == 429:
             response.headers["Retry-After"] = "1"
         if status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
             response.headers["Connection"] = "close"
         return response
-    return json_response(
-        {"detail": "An internal error; see the server's log.", "error": {"message": "internal error", "type": "InternalError", "code": 500}}, 500
-    )
+    return json_response({"detail": "An internal error; see the server's log.", "error": told}, status)
 
 
 class Door:

@@ -1,33 +1,35 @@
 """An OpenAI-compatible door to the same models: /v1/models, /v1/completions and /v1/chat/completions, whole or as server-sent events.
 
 `model` is a base model's name, a `tinker://` path of a sampler's or a training checkpoint, or a version in the registry ("name", "name:2",
-"name@production"). A streamed answer is sent when it is whole, in
-one piece per choice: backends answer whole. This file does not know training.
+"name@production"). A streamed answer is sent token by token where the backend streams; with `echo`, or with the likeliest rivals of each token,
+which a second look at the whole answer gives, it is sent when it is whole. A client that leaves ends the drawing. This file does not know
+training.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal, cast
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from ..data.tokens import render_prompt
 from ..errors import BackendError, CapabilityError, ConfigError, CrucibleError, DataError, NotFoundError, ServiceError
-from ..protocols import Sampler, Tokenizer
-from ..records import Completion, Message, ModelVersion, Prompt, SamplingParams
+from ..protocols import Sampler, StreamSampler, Tokenizer
+from ..records import Completion, Message, ModelVersion, Piece, SamplingParams
 from ..store import Models
 from .desk import Desk
 from .http import Endpoint, body_of, json_response, parsed
 from .ledger import JSON, Answer
 from .looks import MASKED, Look, Tails
+from .openai_choices import Choice, Head, at_once, chat_logprobs, parts, streamed, text_logprobs, while_here
 from .sampling import shown
 from .wire import TopK
 
@@ -35,6 +37,12 @@ __all__ = ["ChatRequest", "OpenAiApi", "TextRequest"]
 
 KEPT = 16
 """Samplers that stay open."""
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool | None = None
 
 
 class _Asked(BaseModel):
@@ -48,6 +56,17 @@ class _Asked(BaseModel):
     stop: str | list[str] | None = None
     seed: int | None = None
     stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+
+    def check(self) -> None:
+        """Raises DataError where fields do not fit each other."""
+        if self.stream_options is not None and not self.stream:
+            raise DataError("stream_options is given without stream; expected stream to be true. Set it, or leave stream_options out.")
+
+    @property
+    def usage(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def params(self, longest: int, usual: int) -> SamplingParams:
         """As a sampler takes them."""
@@ -167,13 +186,13 @@ class OpenAiApi:
         await shown(self._desk.backend, sampler, [(*prompt, *one.tokens[:-1]) for one in found], tails)
         return list(tails.tops)
 
-    async def _drawn(self, tenant: str, sampler: Sampler, prompt: Prompt, params: SamplingParams, n: int) -> tuple[Completion, ...]:
-        """The completions, in the tenant's turn."""
+    async def _drawn(self, tenant: str, draw: Callable[[], Future[tuple[Completion, ...]]]) -> tuple[Completion, ...]:
+        """The completions that `draw` asks for, in the tenant's turn; cancelling it ends the drawing."""
         found, errors = list[tuple[Completion, ...]](), list[CrucibleError]()
 
         async def ask() -> Answer:
             try:
-                found.append(await asyncio.wrap_future(sampler.sample(prompt, params, n)))
+                found.append(await asyncio.wrap_future(draw()))
             except CrucibleError as error:
                 errors.append(error)
                 raise
@@ -194,18 +213,52 @@ class OpenAiApi:
             raise ServiceError("The request was dropped, because the server stops or failed inside; see its log.", status=503)
         return found[0]
 
+    async def _pieces(
+        self, tenant: str, sampler: StreamSampler, prompts: Sequence[tuple[int, ...]], params: SamplingParams, n: int
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of all prompts' answers as they come; the index counts all of them. Closing it ends the drawing."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Piece | asyncio.Task[tuple[Completion, ...]]]()
+
+        def asked(place: int) -> Callable[[], Future[tuple[Completion, ...]]]:
+            def told(piece: Piece) -> None:
+                loop.call_soon_threadsafe(queue.put_nowait, replace(piece, index=place * n + piece.index))
+
+            return lambda: sampler.stream(prompts[place], params, told, n)
+
+        tasks = [asyncio.create_task(self._drawn(tenant, asked(place))) for place in range(len(prompts))]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if isinstance(item, Piece):
+                    yield item
+                else:
+                    left -= 1
+                    item.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
     # ------------------------------------------------------------------------------------------------------------ text
     async def completions(self, request: Request, tenant: str) -> Response:
         """Continues texts."""
         asked = parsed(TextRequest, await body_of(request, self._desk.config.body_bytes))
+        asked.check()
         if asked.suffix:
             raise CapabilityError("suffix is given; this server does not fill gaps. Leave it out.")
         sampler, tokenizer = await self._sampler(asked.model, tenant)
         prompts = _prompts(asked.prompt, tokenizer)
         params, n = asked.params(self._desk.config.max_tokens, 16), asked.n or 1
-        choices, prompt_tokens, drawn = list[dict[str, object]](), 0, 0
-        for found, ids in zip(await asyncio.gather(*(self._drawn(tenant, sampler, ids, params, n) for ids in prompts)), prompts, strict=True):
-            prompt_tokens += len(ids)
+        head = Head(model=asked.model, chat=False, prompt_tokens=sum(map(len, prompts)), usage=asked.usage)
+        if asked.stream and isinstance(sampler, StreamSampler) and not asked.echo and not asked.logprobs:
+            pieces = self._pieces(tenant, sampler, prompts, params, n)
+            return await streamed(request, head, parts(pieces, tokenizer, logprobs="text" if asked.logprobs is not None else None))
+        drawing = asyncio.gather(*(self._drawn(tenant, partial(sampler.sample, ids, params, n)) for ids in prompts))
+        choices, drawn = list[Choice](), 0
+        for found, ids in zip(await while_here(request, drawing), prompts, strict=True):
             scores: tuple[float, ...] = ()
             look = Look(ids, first=1, top_k=(asked.logprobs or 0) if asked.echo else 0, alternatives=0, params=params, targets=None)
             if asked.echo and asked.logprobs is not None and len(ids) > 1:
@@ -218,13 +271,13 @@ class OpenAiApi:
                 before = _named(look.top, tokenizer, len(ids)) if asked.echo else []
                 rivals = [*before, *_named(top, tokenizer, len(one.tokens))]
                 choices.append(_text_choice(len(choices), one, tokenizer, asked=asked, prompt=ids, scores=scores, rivals=rivals))
-        whole = _whole("text_completion", asked.model, choices, prompt_tokens, drawn)
-        return _streamed(whole, choices) if asked.stream else json_response(whole)
+        return await streamed(request, head, at_once(choices, drawn)) if asked.stream else json_response(head.whole(choices, drawn))
 
     # ------------------------------------------------------------------------------------------------------------ chat
     async def chat(self, request: Request, tenant: str) -> Response:
         """Answers a conversation."""
         asked = parsed(ChatRequest, await body_of(request, self._desk.config.body_bytes))
+        asked.check()
         if asked.top_logprobs and not asked.logprobs:
             raise DataError(f"top_logprobs is {asked.top_logprobs} without logprobs; expected logprobs to be true. Set it.")
         sampler, tokenizer = await self._sampler(asked.model, tenant)
@@ -234,14 +287,17 @@ class OpenAiApi:
         if asked.max_completion_tokens is not None:
             asked.max_tokens = asked.max_completion_tokens
         params = asked.params(self._desk.config.max_tokens, self._desk.config.max_tokens)
-        found = await self._drawn(tenant, sampler, ids, params, asked.n or 1)
+        n, head = asked.n or 1, Head(model=asked.model, chat=True, prompt_tokens=len(ids), usage=asked.usage)
+        if asked.stream and isinstance(sampler, StreamSampler) and not asked.top_logprobs:
+            return await streamed(request, head, parts(self._pieces(tenant, sampler, [ids], params, n), tokenizer, logprobs="chat" if asked.logprobs else None))
+        found = await while_here(request, self._drawn(tenant, partial(sampler.sample, ids, params, n)))
         tops = await self._tops(sampler, ids, found, asked.top_logprobs or 0, params)
-        choices = [
-            _chat_choice(place, one, tokenizer, rivals=_ranked(top, tokenizer, len(one.tokens)) if asked.logprobs else None)
-            for place, (one, top) in enumerate(zip(found, tops, strict=True))
-        ]
-        whole = _whole("chat.completion", asked.model, choices, len(ids), sum(len(one.tokens) for one in found))
-        return _streamed(whole, choices) if asked.stream else json_response(whole)
+        choices = list[Choice]()
+        for place, (one, top) in enumerate(zip(found, tops, strict=True)):
+            scores = chat_logprobs(one.tokens, one.logprobs, _ranked(top, tokenizer, len(one.tokens)), tokenizer) if asked.logprobs else None
+            choices.append(Choice(index=place, text=one.text, logprobs=scores, finish=one.stop_reason))
+        drawn = sum(len(one.tokens) for one in found)
+        return await streamed(request, head, at_once(choices, drawn)) if asked.stream else json_response(head.whole(choices, drawn))
 
 
 def _prompts(given: str | list[int] | list[str] | list[list[int]], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
@@ -258,10 +314,6 @@ def _prompts(given: str | list[int] | list[str] | list[list[int]], tokenizer: To
     if not found or not all(found) or len(found) > 256:
         raise DataError("prompt is empty or has more than 256 parts; expected 1 to 256 prompts with at least one token each.")
     return found
-
-
-def _finish(one: Completion) -> str:
-    return "stop" if one.stop_reason == "stop" else "length"
 
 
 def _ranked(top: TopK | None, tokenizer: Tokenizer, count: int) -> list[list[tuple[str, float]]]:
@@ -286,59 +338,11 @@ def _text_choice(
     prompt: tuple[int, ...],
     scores: tuple[float, ...],
     rivals: Sequence[Mapping[str, float]],
-) -> dict[str, object]:
+) -> Choice:
     text = (tokenizer.decode(prompt) if asked.echo else "") + one.text
-    choice: dict[str, object] = {"index": index, "text": text, "finish_reason": _finish(one), "logprobs": None}
+    told = None
     if asked.logprobs is not None:
         ids = (*prompt, *one.tokens) if asked.echo else one.tokens
         values: list[float | None] = [*([None, *scores] if asked.echo else []), *one.logprobs]
-        tokens = [tokenizer.decode([token]) for token in ids]
-        offsets = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
-        tops = [None if value is None else {**others, token: value} for token, value, others in zip(tokens, values, rivals, strict=True)]
-        choice["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
-    return choice
-
-
-def _chat_choice(index: int, one: Completion, tokenizer: Tokenizer, *, rivals: Sequence[Sequence[tuple[str, float]]] | None) -> dict[str, object]:
-    choice: dict[str, object] = {"index": index, "message": {"role": "assistant", "content": one.text}, "finish_reason": _finish(one), "logprobs": None}
-    if rivals is not None:
-
-        def told(text: str, value: float) -> dict[str, object]:
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
-
-        content = [
-            {**told(tokenizer.decode([token]), value), "top_logprobs": [told(*other) for other in others]}
-            for token, value, others in zip(one.tokens, one.logprobs, rivals, strict=True)
-        ]
-        choice["logprobs"] = {"content": content, "refusal": None}
-    return choice
-
-
-def _whole(kind: str, model: str, choices: list[dict[str, object]], prompt_tokens: int, drawn: int) -> dict[str, object]:
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": drawn, "total_tokens": prompt_tokens + drawn}
-    return {
-        "id": f"{'chatcmpl' if kind == 'chat.completion' else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": usage,
-    }
-
-
-def _streamed(whole: Mapping[str, object], choices: Sequence[Mapping[str, object]]) -> Response:
-    """The same answer as server-sent events."""
-    chat = whole["object"] == "chat.completion"
-    head = {key: whole[key] for key in ("id", "created", "model")} | {"object": "chat.completion.chunk" if chat else "text_completion"}
-
-    async def lines() -> AsyncIterator[bytes]:
-        for choice in choices:
-            piece = {"index": choice["index"], "logprobs": choice["logprobs"], "finish_reason": None}
-            last = {"index": choice["index"], "finish_reason": choice["finish_reason"]}
-            parts = [piece | {"delta": choice["message"]}, last | {"delta": {}}] if chat else [piece | {"text": choice["text"]}, last | {"text": ""}]
-            for part in parts:
-                yield b"data: " + orjson.dumps(head | {"choices": [part]}) + b"\n\n"
-        yield b"data: " + orjson.dumps(head | {"choices": [], "usage": whole["usage"]}) + b"\n\n"
-        yield b"data: [DONE]\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream")
+        told = text_logprobs(ids, values, rivals, tokenizer)
+    return Choice(index=index, text=text, logprobs=told, finish=one.stop_reason)

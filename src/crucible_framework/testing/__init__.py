@@ -12,12 +12,13 @@ from __future__ import annotations
 import pytest
 
 pytest.register_assert_rewrite(
-    *(f"{__name__}.{part}" for part in ("backend", "backend_failures", "backend_parts", "backend_sampling", "backend_training", "loss"))
+    *(f"{__name__}.{part}" for part in ("backend", "backend_failures", "backend_parts", "backend_sampling", "backend_streams", "backend_training", "loss"))
 )
 
 from .backend import BackendContract  # noqa: E402 - after the line above, so that failed asserts show their values
+from .backend_streams import StreamContract  # noqa: E402
 from .builders import make_batch, make_data, make_dataset, make_datum, text_datum  # noqa: E402
 from .loss import LossContract  # noqa: E402
 from .virtual import VirtualClock  # noqa: E402
 
-__all__ = ["BackendContract", "LossContract", "VirtualClock", "make_batch", "make_data", "make_dataset", "make_datum", "text_datum"]
+__all__ = ["BackendContract", "LossContract", "StreamContract", "VirtualClock", "make_batch", "make_data", "make_dataset", "make_datum", "text_datum"]

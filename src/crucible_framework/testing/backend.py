@@ -12,12 +12,13 @@ from ..records import AdamConfig, Batch, Capabilities, LoraConfig, SamplingParam
 from .backend_failures import FailureContract
 from .backend_parts import done, train
 from .backend_sampling import CheckpointContract, SamplingContract
+from .backend_streams import StreamContract
 from .backend_training import NumbersContract, TrainingContract
 
 __all__ = ["BackendContract"]
 
 
-class BackendContract(NumbersContract, TrainingContract, FailureContract, CheckpointContract, SamplingContract):
+class BackendContract(NumbersContract, TrainingContract, FailureContract, CheckpointContract, SamplingContract, StreamContract):
     """Override the fixtures `backend` (fresh, closed after the test) and `base_model` (its smallest); `lora` where "q_proj" means nothing.
 
     Tests of what a backend says it cannot do (`Capabilities`) are skipped, or check that it says so.

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from ...data.tokens import render_prompt
 from ...errors import DataError
+from ...protocols import OnPiece
 from ...records import Completion, Prompt, SamplingParams, record
 from .bases import Base
 from .engine import check_tokens
@@ -27,13 +28,14 @@ class Frozen:
 
 @record
 class Ask:
-    """A request for samples, or with `completion` for log-probs."""
+    """A request for samples, which `on_piece` is told of while they are drawn; or with `completion` for log-probs."""
 
     model: str
     frozen: Future[Frozen]
     prompt: Prompt
     params: SamplingParams = SamplingParams()
     n: int = 1
+    on_piece: OnPiece | None = None
     completion: str | tuple[int, ...] | None = None
 
 

@@ -12,12 +12,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
 from ... import events
 from ...errors import NumericError
+from ...promise import Promise
 from ...records import Completion
+from ..telling import Teller
 from .asks import AskJob, prompt_tokens
 from .bases import Base
 from .draws import generator
@@ -46,31 +49,51 @@ class _Request:
     strings: tuple[str, ...] = ()
     limit: int = 0
     done: dict[int, Completion] = field(default_factory=dict)
+    drawn: int = 0
+    teller: Teller | None = None
+    ended: bool = False
 
     @property
     def over(self) -> bool:
         """Whether nobody waits for it any more."""
-        return self.job.future.done()
+        return self.ended or self.job.future.done()
 
     def fail(self, error: BaseException) -> None:
         """The future raises; later results of the request are dropped."""
         if not self.over:
-            self.job.future.set_exception(error)
-            _tell(self.job, self.started, error=type(error).__name__)
+            self._end(error=type(error).__name__)
+            if self.teller is None:
+                self.job.promise.fail(error)
+            else:
+                self.teller.fail(error)
 
-    def add(self, index: int, completion: Completion) -> None:
-        """One sample is there; with the last one the future resolves."""
-        self.done[index] = completion
-        if len(self.done) == self.job.item.n and not self.over:
-            completions = tuple(self.done[i] for i in range(self.job.item.n))
-            drawn = sum(len(completion.tokens) for completion in completions)
-            _tell(self.job, self.started, prompt_tokens=len(self.prompt), completion_tokens=drawn)
-            self.job.future.set_result(completions)
+    def drop(self) -> None:
+        """Tells it where who asked has given up."""
+        if self.over and not self.ended:
+            self._end(error="CancelledError", prompt_tokens=len(self.prompt), completion_tokens=self.drawn)
+
+    def add(self, index: int, token: int, logprob: float, completion: Completion | None) -> None:
+        """A sample has a token more, and with its last one is there; with the last sample the future resolves."""
+        if self.over:
+            return
+        self.drawn += 1
+        if completion is not None:
+            self.done[index] = completion
+        if len(self.done) == self.job.item.n:
+            self._end(prompt_tokens=len(self.prompt), completion_tokens=self.drawn)
+        if self.teller is not None:
+            self.teller.put(index, token, logprob, completion)
+        elif self.ended:
+            self.job.promise.give(tuple(self.done[i] for i in range(self.job.item.n)))
+
+    def _end(self, **fields: int | str) -> None:
+        self.ended = True
+        _tell(self.job, self.started, **fields)
 
 
 def _tell(job: AskJob, started: float, **fields: int | str) -> None:
     duration_s = time.perf_counter() - started
-    job.context.run(lambda: events.emit("inference.sample", model=job.item.model, n=job.item.n, duration_s=duration_s, **fields))
+    job.context.run(lambda: events.past("inference.sample", duration_s, model=job.item.model, n=job.item.n, **fields))
 
 
 @dataclass(slots=True, eq=False)
@@ -133,21 +156,20 @@ class _Row:
             cut = _cut(text, request.strings)
             stopped, text = cut < len(text), text[:cut]
         if not stopped and len(self.tokens) < request.limit:
+            request.add(self.index, token, logprob, None)
             return False
         if text is None:
             text = request.base.tokenizer.decode(self.tokens[:-1] if stopped else self.tokens)
             text = text[: _cut(text, request.strings)]
-        request.add(
-            self.index,
-            Completion(
-                text=text,
-                tokens=tuple(self.tokens),
-                logprobs=tuple(self.logprobs),
-                stop_reason="stop" if stopped else "length",
-                prompt_tokens=len(request.prompt),
-                duration_s=time.perf_counter() - request.started,
-            ),
+        whole = Completion(
+            text=text,
+            tokens=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            stop_reason="stop" if stopped else "length",
+            prompt_tokens=len(request.prompt),
+            duration_s=time.perf_counter() - request.started,
         )
+        request.add(self.index, token, logprob, whole)
         return True
 
 
@@ -183,6 +205,7 @@ class Batch:
     def step(self) -> None:
         """One more token for every sample that has a place, and a piece of the prompts that are being read."""
         try:
+            self._sweep()
             self._admit()
             self._seat()
             self._advance(self._chunks())
@@ -192,11 +215,21 @@ class Batch:
             self._rows, self._waiting, self._pages = [], deque(), self._steps.pages(TOKENS)
 
     # --------------------------------------------------------------------------------------------------- who has a place
+    def _sweep(self) -> None:
+        """Whoever nobody waits for any more gives place and pages back."""
+        for row in [row for row in (*self._rows, *self._waiting) if row.request.over]:
+            row.request.drop()
+            if row in self._rows:
+                self._leave(row)
+            else:
+                self._waiting.remove(row)
+                self._pages.drop(row.pages)
+
     def _admit(self) -> None:
         """Makes requests of jobs, as many as may soon have places."""
         while self._jobs and len(self._rows) + len(self._waiting) < ROWS:
             job = self._jobs.popleft()
-            if not job.future.set_running_or_notify_cancel():
+            if job.future.cancelled():
                 continue
             ask = job.item
             request = _Request(job, self._base, ask.frozen.result().active, [], time.perf_counter())
@@ -208,6 +241,9 @@ class Batch:
             request.limit = min(ask.params.max_tokens, self._base.context - len(request.prompt))
             request.ends = frozenset({*self._base.tokenizer.eos_ids, *(stop for stop in ask.params.stop if isinstance(stop, int))})
             request.strings = tuple(stop for stop in ask.params.stop if isinstance(stop, str))
+            if ask.on_piece is not None:
+                promise = cast("Promise[tuple[Completion, ...]]", job.promise)
+                request.teller = Teller(promise, ask.on_piece, self._base.tokenizer, ask.params, n=ask.n, context=job.context.copy())
             first, *heirs = (_Row(request, index, generator(ask.params.seed, index, request.prompt)) for index in range(ask.n))
             first.heirs = heirs
             self._waiting.append(first)
@@ -215,14 +251,11 @@ class Batch:
     def _seat(self) -> None:
         """Gives places to those that wait, in their order, while there is room for what they have so far."""
         for row in list(self._waiting):
-            if row.request.over:
-                self._waiting.remove(row)
-                self._pages.drop(row.pages)
-            elif len(self._rows) >= ROWS:
+            if len(self._rows) >= ROWS:
                 break
-            elif self._follows(row):
+            if self._follows(row):
                 continue  # what it has in common with another is being computed now
-            elif not self._sit(row):
+            if not self._sit(row):
                 break
 
     def _follows(self, row: _Row) -> bool:
@@ -320,12 +353,12 @@ class Batch:
             )
             for row, token, logprob in zip(some, *drawn, strict=True):
                 self._took(row, over=row.add(token, logprob) or row.request.over)
-        for row in [row for row, _ in chunks if row.request.over and row in self._rows]:
-            self._leave(row)
+        self._sweep()
 
     def _took(self, row: _Row, *, over: bool) -> None:
         """A sample that has drawn its next token goes on, waits for a place if it has none, or leaves."""
         seated = row in self._rows
+        row.request.drop()
         if over:
             if seated:
                 self._leave(row)

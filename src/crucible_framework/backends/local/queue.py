@@ -20,6 +20,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 import torch
 
 from ...errors import SessionClosedError
+from ...promise import Promise
 
 __all__ = ["TURN", "Job", "Mix", "Queue", "Stepwise"]
 
@@ -36,11 +37,16 @@ MOST = 16
 
 @dataclass(slots=True, eq=False)
 class Job(Generic[I, T]):
-    """What is asked of the stepwise work, and the future that its answer goes to."""
+    """What is asked of the stepwise work, and the promise of an answer. Who asked can cancel at any time, also while it is worked on."""
 
     item: I
-    future: Future[T] = field(default_factory=Future)
+    promise: Promise[T] = field(default_factory=Promise)
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def future(self) -> Future[T]:
+        """The receiver's side."""
+        return self.promise.future
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from ...errors import BackendError, ConfigError
+from ...protocols import OnPiece
 from ...records import Completion, Prompt, SamplingParams
 from .asks import Answer, Ask, AskJob, Frozen, prompt_tokens
 from .bases import Base
@@ -60,16 +61,27 @@ class LocalSampler:
         return self._model
 
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:
-        """`n` completions of a prompt.
+        """`n` completions of a prompt. Cancelling the future ends their drawing with the step under way.
 
         Raises:
             ConfigError: n is below 1.
             DataError (from the future): the prompt has no token, one outside the vocabulary, or leaves no room in the context.
             NumericError (from the future): the model's logits are not finite.
         """
+        return self._ask(prompt, params, n, None)
+
+    def stream(self, prompt: Prompt, params: SamplingParams, on_piece: OnPiece, n: int = 1) -> Future[tuple[Completion, ...]]:
+        """The same, each token told as it is drawn, on a thread of the stream's own; see `StreamSampler`.
+
+        Raises:
+            ConfigError, DataError, NumericError: as `sample`; tokens that were drawn before an error are told before it.
+        """
+        return self._ask(prompt, params, n, on_piece)
+
+    def _ask(self, prompt: Prompt, params: SamplingParams, n: int, on_piece: OnPiece | None) -> Future[tuple[Completion, ...]]:
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(f"n is {n!r}; expected a whole number of at least 1.")
-        ask = Ask(model=self._model, frozen=self._frozen, prompt=prompt, params=params, n=n)
+        ask = Ask(model=self._model, frozen=self._frozen, prompt=prompt, params=params, n=n, on_piece=on_piece)
         return self._door.share(ask)  # type: ignore[return-value]
 
     def compute_logprobs(self, prompt: Prompt, completion: str | tuple[int, ...]) -> Future[tuple[float, ...]]:
@@ -140,8 +152,7 @@ class Sampling:
             if key not in self._lanes:
                 self._lanes[key] = Batch(base, self._steps(base)) if draws else _Scores(base, self._scorer(base))
         except Exception as error:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_exception(error)
+            job.promise.fail(error)
             return
         lane = self._lanes[key]
         lane.add(job)
@@ -193,17 +204,16 @@ class _Scores:
             if tokens >= SCORED:
                 break
             self._jobs.remove(job)
-            if job.future.set_running_or_notify_cancel() and (pair := self._pair(job)) is not None:
+            if not job.future.cancelled() and (pair := self._pair(job)) is not None:
                 jobs.append(job)
                 pairs.append(pair)
                 tokens += len(pair[0]) + len(pair[1])
         try:
             for answered, logprobs in zip(jobs, self._scorer(active, pairs), strict=True):
-                answered.future.set_result(logprobs)
+                answered.promise.give(logprobs)
         except Exception as error:
             for failed in jobs:
-                if not failed.future.done():
-                    failed.future.set_exception(error)
+                failed.promise.fail(error)
 
     def _pair(self, job: AskJob) -> tuple[list[int], list[int]] | None:
         """Tokens of the prompt and of the completion; one that cannot be served, or asks nothing, is answered alone."""
@@ -215,7 +225,7 @@ class _Scores:
                 check_tokens(base, [*prompt, *answer][:-1], "The prompt with its completion", "Shorten them.")
                 check_tokens(base, answer[-1:], "The completion", "")
                 return prompt, answer
-            job.future.set_result(())
+            job.promise.give(())
         except Exception as error:
-            job.future.set_exception(error)
+            job.promise.fail(error)
         return None
