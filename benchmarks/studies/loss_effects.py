@@ -5,7 +5,8 @@ several ways, the same number of steps each, once per seed; a seed decides the o
 backend, as training does: texts are annotated by the losses' own `prepare`, learned with the registered losses, and sampled.
 
 Graphs are SciFact's stars (claim c1 with the relations of two to four evidence claims, with their labels), filled up with two relations between random
-claims and shuffled. SciFact is read where it is; else stars are drawn with its sizes and its share of supports.
+claims and shuffled. SciFact is read where it is; else stars are drawn with its sizes and its share of supports. For citations a prompt names two documents
+and each of four claims cites one of them; in 40 % of the texts one digit of one citation is wrong, as in data with noise, so plain training goes on inventing.
 
     python benchmarks/studies/loss_effects.py                                    # both tasks, 5 seeds, on a small model: about 30 minutes of one core
     python benchmarks/studies/loss_effects.py --seeds 1 --task cycles            # a look
@@ -13,7 +14,7 @@ claims and shuffled. SciFact is read where it is; else stars are drawn with its 
 
 What was declared before these seeds were run, and is checked at the end: with `topological` (`citation_validity`), at most a third of the faulty texts of
 plain continued training; by the upper ends of the 95 % intervals of the paired differences over seeds, no more than 0.02 fewer of the texts keep the
-layout, and texts without fault that were held out cost no more than 0.01 nats per token more.
+layout, and texts without fault that were held out cost no more than 0.01 nats per token more. Settings were looked for with seed 900 alone.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ STAR_SIZES, STAR_SHARES = (2, 3, 4), (151 / 237, 59 / 237, 27 / 237)
 SUPPORTS = 0.63
 """The share of "supports" among their relations."""
 EXTRA_LINES = 2
+CITING = 4
 VALID_MARGIN, NATS_MARGIN = 0.02, 0.01
 BATCH = 32
 PROMPT = "Claims and relations:\n"
@@ -97,13 +99,16 @@ def graph(rng: np.random.Generator, pool: Sequence[tuple[str, ...]], *, bad: boo
 
 
 def cited(rng: np.random.Generator, *, bad: bool) -> Text:
-    """A document, two claims that cite it; where `bad`, one citation has a wrong digit."""
-    document = "".join(rng.choice(list("0123456789"), 3))
-    cites = [document] * 2
+    """Two documents, `CITING` claims that cite one of them each; where `bad`, one citation has a wrong digit and names neither."""
+    documents = [f"{number:02d}" for number in rng.choice(100, 2, replace=False)]
+    cites = [documents[int(rng.integers(2))] for _ in range(CITING)]
     if bad:
-        which, digit = int(rng.integers(2)), int(rng.integers(3))
-        cites[which] = document[:digit] + str(rng.choice([d for d in "0123456789" if d != document[digit]])) + document[digit + 1 :]
-    return Text(f"Document {document}: x\n", "\n".join(f"CLAIM[c{i}] (Document {cite}): x" for i, cite in enumerate(cites, 1)), bad)
+        which, digit = int(rng.integers(CITING)), int(rng.integers(2))
+        right = cites[which]
+        others = [right[:digit] + wrong + right[digit + 1 :] for wrong in "0123456789"]
+        cites[which] = str(rng.choice([other for other in others if other not in documents]))
+    prompt = "".join(f"Document {document}: x\n" for document in documents)
+    return Text(prompt, "\n".join(f"CLAIM[c{i}] (Document {cite}): x" for i, cite in enumerate(cites, 1)), bad)
 
 
 def valid(text: str) -> bool:
@@ -121,7 +126,7 @@ def like_taught_graph(text: str) -> bool:
 
 
 def like_taught_citations(text: str) -> bool:
-    return bool(re.fullmatch(r"(CLAIM\[c\d\] \(Document \d{3}\): x\n?){2}", text))
+    return bool(re.fullmatch(r"(CLAIM\[c\d\] \(Document \d{2}\): x(\n|$)){4}", text))
 
 
 def invented(prompt: str, text: str) -> bool:
@@ -211,7 +216,7 @@ def tasks() -> dict[str, Task]:
             "cycles", "topological", "topological(variant=expm)", 0.6, 2000,
             lambda rng, bad: graph(rng, pool, bad=bad), like_taught_graph, lambda _, text: circular(text),
         ),
-        "citations": Task("citations", "citation_validity", None, 0.4, 2000, lambda rng, bad: cited(rng, bad=bad), like_taught_citations, invented),
+        "citations": Task("citations", "citation_validity", None, 0.4, 2500, lambda rng, bad: cited(rng, bad=bad), like_taught_citations, invented),
     }  # fmt: skip
 
 
@@ -340,7 +345,7 @@ def main() -> None:
     parser.add_argument("--task", choices=("cycles", "citations", "both"), default="both")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--start-steps", type=int, default=0, help="0: 2000")
+    parser.add_argument("--start-steps", type=int, default=0, help="0: 2000 for circles, 2500 for citations")
     parser.add_argument("--start-lr", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=5e-4)

@@ -23,9 +23,11 @@ from pathlib import Path
 import pytest
 
 import crucible_framework as cf
+from crucible_framework.losses import losses
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+LOSS_PAGES = ROOT / "docs" / "losses"
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)(?P<rest>.*)$")
 HEAD = "import sys as _sys; from crucible_framework.cli import run as _crucible"
 TIMEOUT_S = 240
@@ -122,7 +124,12 @@ def page_id(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-RUNNABLE = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
+RUNNABLE = [
+    page
+    for page in PAGES
+    if any(block.runs for block in blocks(page.read_text(encoding="utf-8"))) and not (page.parent == LOSS_PAGES and page.stem in losses.names())
+]
+"""Pages of single losses run in `test_loss_pages`."""
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=page_id)

@@ -25,6 +25,7 @@ from .claims import (
 from .entailment import BySentence, EmbeddingSimilarity, Entailment, Inference, LexicalEntailment, LexicalSimilarity, NliModel, Similarity
 from .evaluate import GREEDY, evaluate
 from .labels import DEFAULT_LABELS, labels_of, stated_label, target_label
+from .persistence import Bar, Persistence, claim_persistence, longest_hole, persistence, total_persistence
 from .quality import CLAIM_TARGETS, Gate, Shortfall, Target, check_quality, monitor, parse_target
 from .results import baselines, compare, load_evaluation
 from .sandbox import require_sandbox
@@ -37,6 +38,7 @@ __all__ = [
     "GREEDY",
     "AntagonistThresholds",
     "Attempts",
+    "Bar",
     "BySentence",
     "Check",
     "Claim",
@@ -53,6 +55,7 @@ __all__ = [
     "LexicalSimilarity",
     "NliModel",
     "Outcome",
+    "Persistence",
     "Relation",
     "Severity",
     "Shortfall",
@@ -73,6 +76,7 @@ __all__ = [
     "circuit_rank",
     "citation_accuracy",
     "cited_documents",
+    "claim_persistence",
     "compare",
     "contains",
     "cyclic",
@@ -86,11 +90,13 @@ __all__ = [
     "label_accuracy",
     "labels_of",
     "load_evaluation",
+    "longest_hole",
     "monitor",
     "numeric",
     "parse_claims",
     "parse_target",
     "pass_at_k",
+    "persistence",
     "polarity_conflict",
     "require_sandbox",
     "schema_compliance",
@@ -100,6 +106,7 @@ __all__ = [
     "summarise_issues",
     "target_label",
     "topology",
+    "total_persistence",
     "usual_scorers",
     "validate",
     "validation_lexical",

@@ -11,6 +11,7 @@ import string
 import unicodedata
 from collections import Counter
 from decimal import Decimal
+from importlib.util import find_spec
 
 from ..plugins import Registry
 from ..protocols import Scorer
@@ -34,12 +35,14 @@ __all__ = [
 
 _NAMES = ("exact_match", "label_accuracy", "f1", "numeric", "contains", "schema_compliance", "citation_accuracy")
 _CLAIM_NAMES = ("circuit_rank", "cyclic", "polarity_conflict")
+_PERSISTENCE_NAMES = ("longest_hole", "total_persistence")
 _VALIDATION_NAMES = ("chirality", "invented_documents", "validation_lexical")
 scorers: Registry[Scorer] = Registry(
     "scorer",
     {
         **{name: f"crucible_framework.evaluation.scoring:{name}" for name in _NAMES},
         **{name: f"crucible_framework.evaluation.claims:{name}" for name in _CLAIM_NAMES},
+        **{name: f"crucible_framework.evaluation.persistence:{name}" for name in _PERSISTENCE_NAMES},
         **{name: f"crucible_framework.evaluation.validation:{name}" for name in _VALIDATION_NAMES},
         "passes_tests": "crucible_framework.evaluation.sandbox:passes_tests",
         "passes_tests_unsafely": "crucible_framework.evaluation.sandbox:passes_tests_unsafely",
@@ -55,8 +58,10 @@ CLAIM_SCORERS = (
 
 
 def usual_scorers(rows: Dataset) -> tuple[str, ...]:
-    """The scorers for a data set where none are named: those of claims for a task "extract", else `label_accuracy`."""
-    return CLAIM_SCORERS if rows.card.task == "extract" else ("label_accuracy",)
+    """The scorers for a data set where none are named: those of claims for a task "extract" (of persistence too, with gudhi), else `label_accuracy`."""
+    if rows.card.task != "extract":
+        return ("label_accuracy",)
+    return (*CLAIM_SCORERS, *(_PERSISTENCE_NAMES if find_spec("gudhi") else ()))
 
 
 def prompt_text(example: Example) -> str:
