@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast, get_type_hints
 
@@ -118,7 +118,7 @@ def from_dict(cls: type[T], data: Mapping[str, object]) -> T:
 
     _check_keys(cls, data, "")
     try:
-        return cast("T", _adapter(cls).validate_python(dict(data)))
+        return cast("T", _adapter(cast("Hashable", cls)).validate_python(dict(data)))
     except ValidationError as error:
         first = error.errors()[0]
         cause = cast("dict[str, object]", first.get("ctx", {})).get("error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_token_is_written_before_the_next_is_drawn(monkeypatch: pytest.MonkeyP
 
 
 def test_an_interruption_ends_the_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    future: Any = fake.Future()
+    future: Any = Future()
 
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt

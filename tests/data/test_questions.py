@@ -134,7 +134,7 @@ def test_gsm8k_shows_five_solved_problems_and_none_of_them_is_the_question(tmp_p
         for n in range(2, 42)
     ]  # fmt: skip
     write(tmp_path / "gsm8k/train.jsonl", rows)
-    write(tmp_path / "gsm8k/test.jsonl", [PROBLEM, {**PROBLEM, "question": "A cow?"}])
+    write(tmp_path / "gsm8k/test.jsonl", [{**PROBLEM}, {**PROBLEM, "question": "A cow?"}])
     plain = {split: load_dataset("gsm8k", split=split, data=tmp_path) for split in ("train", "dev", "test")}
     shown = {split: load_dataset("gsm8k", split=split, task="five_shot", data=tmp_path) for split in plain}
     held_out = [str(example.meta["question"]) for example in plain["dev"]]

@@ -161,7 +161,7 @@ class Race:
                 return False
             fired = ""
             if events.listening():
-                models, next_one = list(dict.fromkeys(leg.model for leg in one.legs)), one.legs[self._place()].model
+                models, next_one = list[Json](dict.fromkeys(leg.model for leg in one.legs)), one.legs[self._place()].model
                 credit = one.ledger.request(0, 0.0).credit
                 fired = events.linked(
                     self.span, "hedge.fired", [leg.span.id for leg in self.legs if leg.span is not None], what="hedge", chose=next_one, among=models,

@@ -253,7 +253,7 @@ class RoutedSampler:
         credit = None if self._ceiling is None else self._ceiling.credit
         span = events.opened("route.request", model=self.model)
         fields: dict[str, Json] = {"probability": probability, "credit": credit, "reason": why}
-        chosen = events.linked(span, "route.chosen", what="route", chose=name, among=list(self.pool.names), **fields)
+        chosen = events.linked(span, "route.chosen", (), what="route", chose=name, among=list(self.pool.names), **fields)
         asked = _Asked(name=name, probability=probability, prompt=prompt, held=held, began_s=self._clock.now(), context=context, span=span, chosen=chosen)
         inner: list[Future[Answer]] = []
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crucible_framework import events
-from crucible_framework.backends.local import LocalBackend, compiled, steps
+from crucible_framework.backends.local import LocalBackend, compiled, torch_steps
 from crucible_framework.backends.local.drawing import Batch
 from crucible_framework.records import Piece, SamplingParams
 
@@ -26,7 +26,7 @@ def before_draw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Hook], No
 
     def install(hook: Hook) -> None:
         number = [0]
-        for kind in (compiled.NativeSteps, steps.TorchSteps):
+        for kind in (compiled.NativeSteps, torch_steps.TorchSteps):
             drawing = kind.draw
 
             def draw(self: Any, *given: Any, drawing: Any = drawing) -> Any:
