@@ -85,13 +85,12 @@ def test_claims_with_a_margin_share_the_family_of_the_declared(tmp_path: Path) -
 
 def test_one_seed_of_shares_is_held_by_the_score_method(tmp_path: Path) -> None:
     random = np.random.default_rng(4)
-    study = study_of(
-        made(seeds=(0,), hypotheses=(claimed(margin=0.2),)),
-        tmp_path,
-        lambda arm, s, n: np.less(random.random(n), 0.7).astype(float).tolist(),
-        n=300,
-        per_document=0,
-    )
+
+    def right(arm: str, seed: int, n: int) -> list[float]:
+        del arm, seed
+        return [float(one) for one in random.random(n) < 0.7]
+
+    study = study_of(made(seeds=(0,), hypotheses=(claimed(margin=0.2),)), tmp_path, right, n=300, per_document=0)
     held = next(one for one in analyse(study).contrasts if one.declared).against_margin
     assert held is not None
     assert held.test == "TOST (two one-sided score tests)"
