@@ -78,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = {GLOBAL[word] for word in arguments if word in GLOBAL}
     words = [word for word in arguments if word not in GLOBAL]
     typed.set(shlex.join(["crucible", *words]))
-    place.set(None if flags & {"json", "quiet"} else sys.stdout)
+    aloud = place.set(None if flags & {"json", "quiet"} else sys.stdout)
     try:
         reply = build(words)(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
@@ -95,6 +95,8 @@ def run(arguments: Sequence[str]) -> int:
         if "debug" in flags:
             traceback.print_exc()
         return _fail(f"an internal error, {type(error).__name__}: {error}. Run again with --debug and report it.", 70, flags)
+    finally:
+        place.reset(aloud)
     if not isinstance(reply, Reply):
         return 0
     _say(reply, flags)
