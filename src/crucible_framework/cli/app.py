@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..config import to_dict
 from ..errors import CrucibleError
-from . import commands, ensemble, experiment, models, quality, runs, serve, ui
+from . import commands, ensemble, experiment, models, quality, runs, serve, trace, ui
 from .reply import Reply, typed
 
 __all__ = ["build", "run"]
@@ -37,7 +37,7 @@ def build() -> App:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for part in (commands, runs, models, ensemble, experiment, quality, serve, ui):
+    for part in (commands, runs, models, ensemble, experiment, quality, trace, serve, ui):
         part.register(app)
     return app
 

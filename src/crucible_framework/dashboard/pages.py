@@ -21,7 +21,7 @@ from ..reports.study import study_document
 from ..reports.votes import VoteSummary, read_votes, summarise_votes
 from ..store import Models
 from ..store.lineage import ancestry
-from ..traces import load_trace
+from ..traces import Trace, load_trace
 from . import live
 from .asked import AskedEvents
 from .figures import Plot, csv_text, plot_csv, plot_svg, plots_in
@@ -33,7 +33,7 @@ from .requests_page import request_plots, requests_page
 from .run_pages import MOST_COMPARED, chart_svg, compare_page, compare_plots, run_html, run_plots
 from .runs_page import runs_page
 from .studies_page import matrix_map, studies_page, study_page
-from .trace_page import render_trace, trace_html, traces_page
+from .trace_page import render_trace, trace_html, trace_title, traces_page
 from .views import chart_views, compare_runs, run_page, run_rows
 from .votes_page import vote_plots, votes_page
 
@@ -110,20 +110,18 @@ class Pages:
         return model_page(self.models.get(reference), ancestry(self.models, reference, self.workspace.root), self.tabs, token)
 
     def traces(self, request: Request) -> str:
-        """The runs that have a trace."""
+        """The runs that have a trace, and what was asked outside any run."""
         del request
-        rows = []
-        for info in self.workspace.infos():
-            if (info.folder / "events.jsonl").is_file():
-                nodes = load_trace(info.folder).nodes
-                spans, decisions, events = (sum(node.kind == kind for node in nodes) for kind in ("span", "decision", "event"))
-                rows.append((info.name, spans, decisions, events))
-        return traces_page(rows, self.tabs)
+        folders = [("", self.workspace.root), *((info.name, info.folder) for info in self.workspace.infos())]
+        return traces_page([(name, load_trace(folder).counts()) for name, folder in folders if (folder / "events.jsonl").is_file()], self.tabs)
+
+    def _traced(self, request: Request) -> tuple[str, Trace]:
+        name = request.path_params.get("run", "")
+        return name, load_trace(self.workspace.folder(name) if name else self.workspace.root)
 
     def trace(self, request: Request) -> str:
-        """One run's trace."""
-        name = request.path_params["run"]
-        found = load_trace(self.workspace.folder(name))
+        """The trace of one run, or of what was asked outside any."""
+        name, found = self._traced(request)
         return trace_html(name, found, text=request.query_params.get("q", ""), kind=request.query_params.get("kind", ""), tabs=self.tabs)
 
     def play(self, request: Request) -> str:
@@ -253,13 +251,13 @@ class Pages:
 
     def trace_file(self, request: Request) -> tuple[str | bytes, str]:
         """A trace as a file."""
-        name, suffix = request.path_params["run"], request.path_params["suffix"]
-        trace = load_trace(self.workspace.folder(name))
+        suffix = request.path_params["suffix"]
+        name, trace = self._traced(request)
         if suffix == "mmd":
             return trace.to_mermaid(), "text/plain"
         if suffix == "json":
             return orjson.dumps(trace.to_prov(), option=orjson.OPT_INDENT_2), "application/json"
-        return render_trace(trace, f"Trace of {name}"), "text/html"
+        return render_trace(trace, trace_title(name)), "text/html"
 
     def static(self, request: Request) -> tuple[bytes, str]:
         """A style sheet or script."""

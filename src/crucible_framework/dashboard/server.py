@@ -75,6 +75,8 @@ def _routes(pages: Pages) -> list[object]:
         route("/models/{name}/{version:int}", pages.model),
         route("/models/{name}/{version:int}/card.md", pages.card, "text/markdown"),
         route("/traces", pages.traces),
+        route("/traces/outside", pages.trace),
+        route("/traces/outside/trace.{suffix}", pages.trace_file, content_security_policy=sandboxed),
         route("/studies", pages.studies),
         route("/studies/{study}", pages.study),
         route("/studies/{study}/report.html", pages.study_report, content_security_policy=sandboxed),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..reports import words
@@ -11,9 +11,10 @@ from ..reports.sources import as_list, as_text
 from ..traces import Trace, TraceNode
 from .frame import empty_state, field, link, page, table, url
 
-__all__ = ["render_trace", "trace_body", "trace_html", "traces_page"]
+__all__ = ["render_trace", "trace_body", "trace_html", "trace_title", "traces_page"]
 
 _MOST = 400
+_OUTSIDE = ("traces", "outside")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -72,8 +73,13 @@ def trace_body(trace: Trace) -> Markup:
     return join(element("ul", {"class": "trace"}, *(entry(node, 0, frozenset((node.id,))) for node in tops)), cut)
 
 
+def trace_title(run: str) -> str:
+    """What the trace of a run is called; "" is what happened outside any."""
+    return f"Trace of {run}" if run else "Trace of what was asked outside runs"
+
+
 def trace_html(name: str, trace: Trace, *, text: str, kind: str, tabs: Sequence[tuple[str, str]]) -> str:
-    """The page of a run's trace."""
+    """The page of a run's trace; without a name, of what happened outside any."""
     form = element(
         "form",
         {"class": "tools", "role": "search"},
@@ -90,28 +96,31 @@ def trace_html(name: str, trace: Trace, *, text: str, kind: str, tabs: Sequence[
         ),
         element("button", {"type": "submit"}, "Find"),
     )
-    counts = ", ".join(words.counted(sum(node.kind == one for node in trace.nodes), one) for one in ("span", "decision", "event"))
+    counts = ", ".join(words.counted(count, kinds[:-1]) for kinds, count in trace.counts().items())
     shown = trace
     if text or kind:
         hits = trace.query(text=text, where=(lambda node: node.kind == kind) if kind else None)
         shown = Trace(nodes=hits)
     files = [
-        link(label, url("runs", name, f"trace.{suffix}"), download=f"{name}-trace.{suffix}")
+        link(label, url(*(("runs", name) if name else _OUTSIDE), f"trace.{suffix}"), download=f"{name or 'workspace'}-trace.{suffix}")
         for label, suffix in (("HTML", "html"), ("Mermaid", "mmd"), ("PROV-JSON", "json"))
     ]
     top = (
-        element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", link(name, url("runs", name))),
-        element("h1", None, f"Trace of {name}"),
+        element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", link(name, url("runs", name)) if name else join()),
+        element("h1", None, trace_title(name)),
         element("p", {"class": "subtitle"}, counts),
         element("p", {"class": "links"}, *files),
         form,
     )
-    return page(f"Trace of {name}", *top, trace_body(shown), tab="/traces", tabs=tabs)
+    return page(trace_title(name), *top, trace_body(shown), tab="/traces", tabs=tabs)
 
 
-def traces_page(rows: Iterable[tuple[str, int, int, int]], tabs: Sequence[tuple[str, str]]) -> str:
-    """The runs that have events: (name, spans, decisions, events)."""
-    cells = [(link(name, url("runs", name, "trace")), f"{spans:,}", f"{decisions:,}", f"{events:,}") for name, spans, decisions, events in rows]
+def traces_page(rows: Iterable[tuple[str, Mapping[str, int]]], tabs: Sequence[tuple[str, str]]) -> str:
+    """What has events: a run's name, or "" for what happened outside runs, with how many spans, decisions and events."""
+    cells = [
+        (link(name, url("runs", name, "trace")) if name else link("outside runs", url(*_OUTSIDE)), *(f"{count:,}" for count in counts.values()))
+        for name, counts in rows
+    ]
     shown = table(("Run", "Spans", "Decisions", "Events"), cells, name="Traces", numeric=(1, 2, 3))
     if not cells:
         shown = empty_state("No run has recorded events yet.", "Every run keeps its own events; each stands here as a graph.", "crucible demo --quick")
