@@ -19,7 +19,7 @@ from ..reports.parts import Document
 from ..reports.requests import HedgeSummary, RouteSummary, read_requests, summarise_hedges, summarise_routes
 from ..reports.study import study_document
 from ..reports.votes import VoteSummary, read_votes, summarise_votes
-from ..store import Models
+from ..store import Models, Tracker
 from ..store.lineage import ancestry
 from ..traces import Trace, load_trace
 from . import live
@@ -77,7 +77,8 @@ class Pages:
         folder = self.workspace.folder(name)
         cursor, parts = live.cursor_now(folder), live.parts_now(folder, self.workspace.info(name).status)
         events = live.last_rows(folder / "events.jsonl")
-        return run_html(run_page(self.workspace, name), events, cursor, parts, self.tabs, report=(folder / "report.html").is_file())
+        token = self.token if self.write and folder.parent == self.workspace.root else ""
+        return run_html(run_page(self.workspace, name), events, cursor, parts, self.tabs, report=(folder / "report.html").is_file(), token=token)
 
     def _chosen(self, request: Request) -> tuple[list[str], str]:
         names = request.query_params.getlist("run")
@@ -296,10 +297,13 @@ class Pages:
         return {"answers": [answer.plain() for answer in answers], "verdict": verdict}
 
     def change(self, request: Request, body: bytes) -> object:
-        """Gives a version another stage or other tags; refused where the dashboard only reads."""
+        """Gives a version another stage or other tags, or a run other tags or notes; refused where the dashboard only reads."""
         if not self.write:
-            raise AuthError("The dashboard is read-only. Start it with --write to change stages and tags.")
-        asked, reference = orjson.loads(body), self._reference(request)
+            raise AuthError("The dashboard is read-only. Start it with --write to change stages, tags and notes.")
+        asked = orjson.loads(body)
+        if "run" in request.path_params:
+            return self._label(request.path_params["run"], asked)
+        reference = self._reference(request)
         if not isinstance(asked, dict) or not asked.keys() <= {"stage", "tags"} or not asked:
             raise ConfigError("The change lacks a stage or tags; expected {stage: ...} or {tags: {key: value or null}}.")
         tags = asked.get("tags", {})
@@ -311,6 +315,20 @@ class Pages:
             self.models.promote(reference, asked["stage"])
         changed = self.models.get(reference)
         return {"stage": changed.stage, "tags": dict(changed.tags)}
+
+    def _label(self, run: str, asked: object) -> object:
+        folder = self.workspace.folder(run)
+        if not isinstance(asked, dict) or not asked.keys() <= {"tags", "notes"} or not asked:
+            raise ConfigError("The change lacks tags or notes; expected {tags: {key: value or null}} or {notes: text}.")
+        tags, notes, tracker = asked.get("tags", {}), asked.get("notes"), Tracker(folder.parent)
+        if not isinstance(tags, dict) or not isinstance(notes, (str, type(None))):
+            raise ConfigError(f"tags is {tags!r} and notes {notes!r}; expected texts by key, and a text.")
+        if tags:
+            tracker.tag(folder.name, tags)
+        if notes is not None:
+            tracker.note(folder.name, notes)
+        changed = tracker.get(folder.name)
+        return {"tags": dict(changed.tags), "notes": changed.notes}
 
     # ------------------------------------------------------------------------------------------------------------- live
     def run_events(self, request: Request) -> AsyncIterator[bytes]:
