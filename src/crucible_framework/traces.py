@@ -17,7 +17,7 @@ from .errors import ConfigError, NotFoundError
 from .records import Json, record
 from .sinks import read_events
 
-__all__ = ["Trace", "TraceDiff", "TraceNode", "diff_traces", "load_trace"]
+__all__ = ["Kind", "Trace", "TraceDiff", "TraceNode", "diff_traces", "load_trace"]
 
 Kind = Literal["span", "decision", "event"]
 Edge: TypeAlias = tuple[str, str, Literal["in", "because"]]
@@ -48,6 +48,19 @@ class TraceNode:
     def title(self) -> str:
         """A decision's question with its answer, else the name."""
         return f"{_text(self.fields.get('what'))}: {_text(self.fields.get('chose'))}" if self.kind == "decision" else self.name
+
+    def shown(self, key: str) -> str:
+        """A field's value in one short line; "–" where there is none."""
+        return _line(_text(self.fields[key]), 80) if key in self.fields else "–"
+
+    def label(self, *, fields: bool = True) -> str:
+        """The node in one line without control characters: its title, how long it took, and what else is known of it."""
+        took = f"  {_seconds(self.end_s - self.start_s)}" if self.end_s > self.start_s else ""
+        known = [key for key, value in self.fields.items() if value not in ("", None)] if fields else []
+        if self.kind == "decision":
+            known = [key for key in known if key not in ("what", "chose")]
+        told = "".join(f"  {_line(key, 40)}={self.shown(key)}" for key in known)
+        return f"{_line(self.title, 120)}{took}{told}"
 
     @property
     def confidence(self) -> float | None:
@@ -164,7 +177,27 @@ class Trace:
         because: list[Edge] = [(cause, node.id, "because") for node in self.nodes for cause in node.causes if cause in known]
         return (*inside, *because)
 
+    def counts(self) -> dict[str, int]:
+        """How many spans, decisions and events there are."""
+        return {f"{kind}s": sum(node.kind == kind for node in self.nodes) for kind in ("span", "decision", "event")}
+
     # ------------------------------------------------------------------------------------------------------------ views
+    def to_tree(self, most: int = 400) -> str:
+        """One line a node, indented below the span that it happened in; more than `most` lines are cut and counted."""
+        known = {node.id for node in self.nodes}
+        below: dict[str, list[TraceNode]] = {}
+        for node in self.nodes:
+            below.setdefault(node.parent if node.parent in known else "", []).append(node)
+        lines: list[str] = []
+        ahead = [(node, "", frozenset[str]()) for node in reversed(below.get("", ()))]
+        while ahead:
+            node, indent, path = ahead.pop()
+            lines.append(f"{indent}{node.label()}")
+            inner = [one for one in below.get(node.id, ()) if node.kind == "span" and one.id not in path | {node.id}]
+            ahead += [(one, f"{indent}  ", path | {node.id}) for one in reversed(inner)]
+        cut = [f"… and {len(lines) - most} more"] if len(lines) > most else []
+        return "".join(f"{line}\n" for line in (*lines[:most], *cut))
+
     def to_mermaid(self, most: int = 200) -> str:
         """A Mermaid flow chart; names are quoted, so that no sign in them is syntax. More than `most` nodes are cut and counted."""
         shown = self.nodes[:most]
@@ -191,6 +224,16 @@ class Trace:
 
 def _text(value: Json) -> str:
     return value if isinstance(value, str) else "" if value is None else str(value)
+
+
+def _line(text: str, most: int) -> str:
+    """Text in one line that moves no cursor and colours nothing."""
+    plain = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
+    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
+
+
+def _seconds(duration_s: float) -> str:
+    return f"{duration_s:.3g} s" if duration_s >= 1 else f"{1000 * duration_s:.3g} ms"
 
 
 def _number(value: Json) -> float | None:
@@ -289,7 +332,7 @@ def diff_traces(left: Trace, right: Trace, *, ignore: Sequence[str] = ()) -> Tra
 
 def _quoted(text: str, most: int = 60) -> str:
     """Text inside a Mermaid label: the signs that end or open something become entities."""
-    short = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))[:most]
+    short = _line(text, most)
     return "".join(sign if sign.isalnum() or sign in " .,:;_-+/=()…" else f"#{ord(sign)};" for sign in short)
 
 

@@ -129,6 +129,12 @@ def test_a_corrupted_run_is_lost(opened: Open, tmp_path: Path, monkeypatch: pyte
     with events.collect() as seen:
         assert session.forward_backward(make_batch(), LOSS).result(60).loss > 0
     assert "recovery.completed" in {event["name"] for event in seen}
+    assert "recovery.poll_error" not in {event["name"] for event in seen}
+    monkeypatch.setattr(backend, "_rest", lambda: (_ for _ in ()).throw(OSError("no way there")))
+    broken.set()
+    with events.collect() as seen, pytest.raises(CrucibleError, match="server"):
+        session.forward_backward(make_batch(), LOSS).result(60)
+    assert [event["error"] for event in seen if event["name"] == "recovery.poll_error"] == ["OSError"], "an unknown state is no reason to begin again"
 
 
 def test_attempts_end(opened: Open, serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +237,7 @@ def test_queue_states_and_retries_are_events(opened: Open) -> None:
             states.on_queue_state_change(QueueState.PAUSED_CAPACITY, "full")
         states.on_queue_state_change(QueueState.ACTIVE, None)
         kinds = [(event["name"], event.get("state")) for event in seen]
-        assert len(kinds) == 2, "a state that lasts is told once"
+        assert [name for name, _ in kinds] == ["tinker.queue_state"] * 2, "a state that lasts is told once"
         with contextlib.suppress(httpx.ConnectError):
             holder.run_coroutine_threadsafe(holder.execute_with_retries(flaky)).result(60)
     retried = [event for event in seen if event["name"] == "tinker.retry"]

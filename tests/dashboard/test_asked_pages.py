@@ -9,14 +9,18 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from crucible_framework.backends import connect
-from crucible_framework.dashboard import Dashboard, Playground
+from crucible_framework.dashboard import Dashboard, Playground, studies_page
 from crucible_framework.dashboard.asked import AskedEvents
+from crucible_framework.dashboard.figures import plot_csv, plot_svg, plots_in, section
 from crucible_framework.experiments import study_overview
 from crucible_framework.inference.telling import prompt_digest
+from crucible_framework.reports.parts import Point, Ranks, Scatter, Section, Table
+from crucible_framework.store import Tracker
 
 from .asked import ask_everything
 from .conftest import Client, MakeRun, build_run
@@ -181,3 +185,82 @@ def test_a_read_only_dashboard_refuses_even_with_its_own_token(workspace: Path) 
         assert found is not None
         status, _, body = client.ask("/models/judge/1", "POST", b'{"stage":"archived"}', content_type="application/json", x_crucible_token=found[1])
         assert (status, b"read-only" in body) == (403, True)
+
+
+def test_runs_are_labelled_where_that_is_allowed(tmp_path: Path) -> None:
+    build_run(tmp_path / "run", steps=4)
+
+    def post(url: str, body: object, token: str, run: str = "run") -> tuple[int, str]:
+        asked = Client(url).ask(f"/runs/{run}", "POST", json.dumps(body).encode(), content_type="application/json", x_crucible_token=token)
+        return asked[0], asked[2].decode()
+
+    with Dashboard(tmp_path) as dashboard:
+        assert "crucible-token" not in Client(dashboard.url).text("/runs/run")
+        assert post(dashboard.url, {"notes": "x"}, "")[0] == 403
+    with Dashboard(tmp_path, write=True) as dashboard:
+        found = re.search(r'name="crucible-token" content="([^"]+)"', Client(dashboard.url).text("/runs/run"))
+        assert found is not None
+        wrongs: list[Any] = [{"notes": 1}, {"tags": {"a": 1}}, {"tags": []}, {"stage": "production"}, {}, []]
+        for wrong in wrongs:
+            assert post(dashboard.url, wrong, found[1])[0] == 400, wrong
+        assert post(dashboard.url, {"notes": "x"}, "guessed")[0] == 403
+        assert post(dashboard.url, {"notes": "x"}, found[1], "nothing")[0] == 404
+        status, body = post(dashboard.url, {"notes": "<b>half</b>", "tags": {"owner": "ada", "x": None}}, found[1])
+        assert (status, json.loads(body)) == (200, {"tags": {"owner": "ada"}, "notes": "<b>half</b>"})
+        page = Client(dashboard.url).text("/runs/run")
+        assert "&lt;b&gt;half&lt;/b&gt;" in page
+        assert "ada" in page
+    assert Tracker(tmp_path).get("run").notes == "<b>half</b>"
+
+
+def test_only_parts_that_changed_go_over_the_wire(tmp_path: Path) -> None:
+    ask_everything(tmp_path / "events.jsonl", questions=["first?"])
+    with Dashboard(tmp_path) as dashboard:
+        client = Client(dashboard.url)
+        for path in ("/ensembles", "/requests", "/studies"):
+            here = dict(re.findall(r'data-part="([^"]+)" data-digest="([^"]+)"', client.text(path)))
+            known = f"{path}?known={','.join(f'{key}:{digest}' for key, digest in here.items())}"
+            assert json.loads(client.text(known)) == {"order": list(here), "parts": {}}, path
+            assert list(json.loads(client.text(f"{path}?known="))["parts"]) == list(here)
+        whole = client.text("/ensembles")
+        here = dict(re.findall(r'data-part="([^"]+)" data-digest="([^"]+)"', whole))
+        ask_everything(tmp_path / "events.jsonl", questions=["second?"])
+        told = json.loads(client.text(f"/ensembles?known={','.join(f'{key}:{digest}' for key, digest in here.items())}"))
+        assert "second?" in told["parts"]["votes"]
+        assert all(re.search(r'data-digest="([^"]+)"', part)[1] != here[key] for key, part in told["parts"].items())  # type: ignore[index]
+
+
+def test_what_was_asked_outside_runs_has_a_trace(tmp_path: Path) -> None:
+    build_run(tmp_path / "run", steps=4)
+    with Dashboard(tmp_path) as dashboard:
+        assert "outside runs" not in Client(dashboard.url).text("/traces")
+        assert Client(dashboard.url).ask("/traces/outside")[0] == 404
+        ask_everything(tmp_path / "events.jsonl", questions=["first?"])
+        client = Client(dashboard.url)
+        assert 'href="/traces/outside"' in client.text("/traces")
+        assert "ensemble.vote" in client.text("/traces/outside")
+        assert client.text("/traces/outside/trace.mmd").startswith("flowchart")
+        assert json.loads(client.text("/traces/outside/trace.json"))["prefix"]
+
+
+def test_cost_and_ranks_of_a_report_can_be_downloaded() -> None:
+    nothing = Table(title="", columns=(), rows=(), source="")
+    points = (Point(label="=1+1", x=1.0, y=0.5, low=0.4, high=0.6, best=True), Point(label="b", x=2.0, y=0.4, low=0.3, high=0.5))
+    scatter = Scatter(title="Cost", x_label="tokens", y_label="accuracy", points=points, source="", values=nothing)
+    ranks = Ranks(title="Ranks", places=(("a", 1.2), ("b", 1.8), ("c", 3.0)), sets=(("a", "b"),), distance=0.9, source="", values=nothing)
+    part = Section(key="s", title="S", blocks=(scatter, ranks))
+    plots = plots_in([part])
+    assert list(plots) == ["s0", "s1"]
+    for key in plots:
+        assert f'href="/studies/x/plots/{key}.svg"' in section(part, ("studies", "x"))
+        assert plot_svg(plots[key], key).count("<svg") == 1
+    assert list(csv.reader(io.StringIO(plot_csv(scatter)))) == [
+        ["label", "tokens", "accuracy", "low", "high", "undominated"], ["'=1+1", "1.0", "0.5", "0.4", "0.6", "yes"], ["b", "2.0", "0.4", "0.3", "0.5", "no"],
+    ]  # fmt: skip
+    assert list(csv.reader(io.StringIO(plot_csv(ranks))))[1:] == [["a", "1.2", "b"], ["b", "1.8", "a"], ["c", "3.0", ""]]
+
+
+def test_every_state_of_a_cell_has_a_colour() -> None:
+    style = (Path(studies_page.__file__).parent / "static" / "app.css").read_text()
+    for state in studies_page._STATES:
+        assert re.search(rf"\.bar-{state}\b", style), state

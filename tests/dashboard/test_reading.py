@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from crucible_framework.dashboard.reading import Curves, Tail, Workspace
 from crucible_framework.errors import NotFoundError
 from crucible_framework.files import write_atomic
+from crucible_framework.store import open_run, read_run
 
 
 @given(st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=10), max_size=3), max_size=12), st.data())
@@ -77,6 +78,26 @@ def test_curves_keep_peaks_gaps_and_ranges(tmp_path: Path) -> None:
     write_atomic(path, b'{"step": 7, "loss": 2}\n')
     curves.update()
     assert curves.points("loss") == [(7.0, 2.0)]
+
+
+_values = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, width=32) | st.text(max_size=2)
+_rows = st.lists(st.dictionaries(st.sampled_from(["step", "a", "b"]), _values, max_size=3), max_size=8)
+
+
+@given(rows=_rows, torn=st.booleans())
+def test_what_curves_say_of_a_run_is_what_its_files_say(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], torn: bool) -> None:
+    folder = tmp_path_factory.mktemp("runs") / "a"
+    with open_run(folder, {}):
+        pass
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows).replace("Infinity", "1e9") + '{"step": 8' * torn)
+    assert Workspace(folder.parent).info("a") == read_run(folder)
+
+
+def test_a_line_that_holds_two_rows_is_damaged_and_its_neighbours_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step":1},{"step":2}\n{"step":3}\n{"step":4\n,"a":5}\n')
+    chunk = Tail(path).read()
+    assert (chunk.rows, chunk.damaged) == (({"step": 3},), 3)
 
 
 def test_curves_of_unordered_steps_are_not_cut_short(tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ def client(asked: Path) -> Iterator[Client]:
 
 def test_from_the_traces_page_to_the_graph_of_a_request(client: Client, tags: Callable[[str], Tags]) -> None:
     links = [found.get("href") or "" for tag, found in tags(client.text("/traces")).found if tag == "a"]
-    assert "/traces/asked" in links
-    listed = client.text("/traces/asked")
+    assert "/traces/outside" in links
+    listed = client.text("/traces/outside")
     assert "vote: yes" in listed
     (graph,) = {found.get("href") or "" for tag, found in tags(listed).found if tag == "a" and "request=" in (found.get("href") or "")}
     page = client.text(graph)
@@ -57,7 +57,7 @@ def test_from_the_traces_page_to_the_graph_of_a_request(client: Client, tags: Ca
     assert kinds.count("node decision") == 4
     for said in ("hedge: routed(", "route: panelyes", "vote: yes", "answer: call 1", "2 of 3 said so", "RoundRobin", "ayes", "byes", "cyes"):
         assert said in page, said
-    assert client.ask("/traces/asked?request=nothing")[0] == 404
+    assert client.ask("/traces/outside?request=nothing")[0] == 404
 
 
 def test_the_picture_has_a_line_for_every_link(asked: Path, tags: Callable[[str], Tags]) -> None:

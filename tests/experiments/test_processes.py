@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from tests.experiments.conftest import VOTING, result_bytes, small
 
+from crucible_framework import events
 from crucible_framework.errors import ExperimentError
 from crucible_framework.experiments import Experiment, load_study, run
 from crucible_framework.experiments import runner as runner_module
 from crucible_framework.experiments.arms import BASE
+from crucible_framework.sinks import read_events
 
 SCRIPT = """
 import sys
@@ -134,3 +136,15 @@ def test_ten_killed_runners_and_twenty_killed_workers(tmp_path: Path) -> None:
     assert runner.returncode == 0
     assert (runners, workers) == (10, 20)
     assert result_bytes(cut) == result_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_what_a_cell_does_hangs_below_the_study_also_in_another_process(tmp_path: Path, jobs: int) -> None:
+    with events.collect() as seen:
+        study = run(small(seeds=(0,), matrix={"lora.rank": (2,)}, hypotheses=()), tmp_path / "study", jobs=jobs)
+    assert study.finished
+    (whole,) = (event for event in seen if event["name"] == "experiment.run")
+    told = [event for path in (tmp_path / "study").glob("cells/*/run/events.jsonl") for event in read_events(path).events]
+    (trained,) = (event for event in told if event["name"] == "training.run")
+    assert (trained["trace"], trained["parent"]) == (whole["trace"], whole["span"])
+    assert any(event["name"] == "training.run" for event in seen) == (jobs == 0), "a worker's events stay with the worker"

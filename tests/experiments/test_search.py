@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.experiments.conftest import TRAIN, small
 
+from crucible_framework import events
 from crucible_framework.errors import ConfigError
 from crucible_framework.experiments import DataPlan, Experiment, Range, search
 
@@ -26,7 +27,9 @@ def plain(**changes: object) -> Experiment:
 def test_a_search_finds_the_lowest_held_out_loss_and_goes_on_after_an_end(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     told: list[tuple[int, int]] = []
-    half = search(plain(), SPACE, tmp_path, trials=3, jobs=0, progress=lambda done, total, _: told.append((done, total)))  # type: ignore[arg-type]
+    with events.collect() as seen:
+        half = search(plain(), SPACE, tmp_path, trials=3, jobs=0, progress=lambda done, total, _: told.append((done, total)))  # type: ignore[arg-type]
+    assert [event["trials"] for event in seen if event["name"] == "experiment.searched"] == [3]
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trial-*/cells/*.json")}
     whole = search(plain(), SPACE, tmp_path, trials=5, jobs=0)  # type: ignore[arg-type]
     assert told == [(1, 3), (2, 3), (3, 3)]

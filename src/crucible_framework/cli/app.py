@@ -34,6 +34,7 @@ PARTS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "ensemble": ("ensemble",),
     "experiment": ("run", "compare", "leaks"),
     "quality": ("claims", "gate"),
+    "trace": ("trace",),
     "serve": ("serve",),
     "ui": ("ui",),
 })  # fmt: skip

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from ..reports.charts import dot_plot, line_chart
+from ..reports.diagrams import rank_diagram, scatter_plot
 from ..reports.markup import Markup, element, join, raw
 from ..reports.panels import HeatMap, XYPlot, heat_map, xy_plot
-from ..reports.parts import Block, DotPlot, LineChart, Section
+from ..reports.parts import Block, DotPlot, LineChart, Ranks, Scatter, Section
 from ..reports.web import render_block
 from .frame import link, url
 
 __all__ = ["Plot", "csv_text", "drawing", "figure", "plot_csv", "plot_svg", "plots_in", "section"]
 
-Plot: TypeAlias = LineChart | DotPlot | HeatMap | XYPlot
+Plot: TypeAlias = LineChart | DotPlot | Scatter | Ranks | HeatMap | XYPlot
+_IN_REPORTS = (LineChart, DotPlot, Scatter, Ranks)
 _COLOURS = ("#b0451b", "#2f6690", "#2c6a45", "#8a5fa8", "#a67c12", "#b03060", "#1f7a7a", "#6b5b4b")
 _HEAT = ("#f6efe6", "#f0dcc6", "#e9c5a3", "#e0ab80", "#d48e5f", "#c46f42", "#a9532a", "#853a19", "#5c240c")
 _STYLE = (
@@ -26,6 +28,7 @@ _STYLE = (
     ".whisker.adapter{stroke:#b0451b}.dot.adapter,.value.adapter{fill:#b0451b}.whisker.base{stroke:#56657a}.dot.base,.value.base{fill:#56657a}"
     ".curve{fill:none;stroke:#56657a;stroke-width:1.25;stroke-linejoin:round}.curve.smooth{stroke:#b0451b;stroke-width:2.25}.curve.dashed{stroke-dasharray:6 4}"
     ".curve.held_out{stroke:#2c6a45;stroke-width:1.5;stroke-dasharray:5 4}.mark{fill:#1f1d1a}.mark.held_out{fill:#2c6a45}"
+    ".front{fill:none;stroke:#b0451b;stroke-dasharray:3 4}.dot.best{fill:#b0451b}.bar{stroke:#1f1d1a;stroke-width:4}.branch{stroke:#a29c92}"
     ".cell.none{fill:none;stroke:#dcd8cf}.cell.beyond{fill:#b03060}.cell.below{fill:#2f6690}.sign{fill:#fff;font-size:9px}.in.pale{fill:#1f1d1a}.in.dark{fill:#fff}"
     + "".join(f".curve.c{i},.whisker.c{i}{{stroke:{c};stroke-width:2}}.mark.c{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS))
     + "".join(f".cell.h{i}{{fill:{c}}}" for i, c in enumerate(_HEAT))
@@ -41,6 +44,10 @@ def drawing(plot: Plot, key: str) -> Markup:
             return line_chart(plot, key)
         case DotPlot():
             return dot_plot(plot, key)
+        case Scatter():
+            return scatter_plot(plot, key)
+        case Ranks():
+            return rank_diagram(plot, key)
         case HeatMap():
             return heat_map(plot, key)
         case XYPlot():
@@ -103,6 +110,12 @@ def plot_csv(plot: Plot) -> str:
             rows = ((one.name, x, y) for one in plot.series for x, y in zip(one.x, one.y, strict=True))
         case DotPlot():
             head, rows = ("label", "value", "low", "high"), ((one.label, one.value, one.low, one.high) for one in plot.rows)
+        case Scatter():
+            head = ("label", plot.x_label, plot.y_label, "low", "high", "undominated")
+            rows = ((one.label, one.x, one.y, one.low, one.high, "yes" if one.best else "no") for one in plot.points)
+        case Ranks():
+            head = ("name", "mean rank", "not shown to differ from")
+            rows = ((name, rank, "; ".join(sorted({n for names in plot.sets if name in names for n in names} - {name}))) for name, rank in plot.places)
         case HeatMap():
             head = ("row", plot.column_label, plot.unit)
             pairs = zip(plot.rows, plot.values, strict=True)
@@ -135,19 +148,14 @@ def figure(plot: Plot, key: str, base: Sequence[str], *, wide: bool = False, que
 
 def plots_in(sections: Iterable[Section]) -> dict[str, Plot]:
     """The plots of a document by the keys that `section` gives them."""
-    return {
-        f"{one.key}{index}": block
-        for one in sections
-        for index, block in enumerate(one.blocks)
-        if isinstance(block, (LineChart, DotPlot)) and drawing(block, "x")
-    }
+    return {f"{one.key}{index}": block for one in sections for index, block in enumerate(one.blocks) if isinstance(block, _IN_REPORTS) and drawing(block, "x")}
 
 
 def section(part: Section, base: Sequence[str]) -> Markup:
     """A section of a report whose plots can be downloaded."""
 
     def shown(block: Block, key: str) -> Markup:
-        return figure(block, key, base) if isinstance(block, (LineChart, DotPlot)) else render_block(block, key)
+        return figure(block, key, base) if isinstance(block, _IN_REPORTS) else render_block(block, key)
 
     blocks = (shown(block, f"{part.key}{index}") for index, block in enumerate(part.blocks))
     heading = element("h2", {"id": f"{part.key}-heading"}, part.title)

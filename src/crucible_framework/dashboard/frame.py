@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from urllib.parse import quote, urlencode
 
 from ..records import Estimate
 from ..reports import words
 from ..reports.markup import Markup, element, join
 
-__all__ = ["button", "choice", "empty_state", "estimate_words", "field", "link", "page", "part", "spark", "status", "table", "url"]
+__all__ = [
+    "button",
+    "change_forms",
+    "changed_parts",
+    "choice",
+    "empty_state",
+    "estimate_words",
+    "field",
+    "link",
+    "page",
+    "part",
+    "spark",
+    "status",
+    "table",
+    "url",
+]
 
 _TABS = (
     ("Runs", "/"), ("Experiments", "/studies"), ("Ensembles", "/ensembles"), ("Requests", "/requests"), ("Models", "/models"), ("Traces", "/traces"),
@@ -53,10 +70,35 @@ def status(text: str) -> Markup:
     return element("span", {"class": f"state {text}"}, text)
 
 
+_drawn: ContextVar[dict[str, tuple[str, str]] | None] = ContextVar("crucible_parts", default=None)
+
+
 def part(key: str, *children: str, title: str = "") -> Markup:
-    """A section that live updates replace as a whole."""
+    """A section that live updates replace as a whole; its digest says whether a browser has it already."""
     heading = element("h2", {"id": f"{key}-heading"}, title) if title else join()
-    return element("section", {"id": key, "data-part": key, "aria-labelledby": f"{key}-heading" if title else None}, heading, *children)
+    digest = hashlib.blake2b("\0".join((title, *children)).encode("utf-8", "replace"), digest_size=6).hexdigest()
+    about = {"id": key, "data-part": key, "data-digest": digest, "aria-labelledby": f"{key}-heading" if title else None}
+    made = element("section", about, heading, *children)
+    if (drawn := _drawn.get()) is not None:
+        drawn[key] = digest, made
+    return made
+
+
+def changed_parts(make: Callable[[], object], known: str) -> dict[str, object]:
+    """What a browser needs to bring its page up to date: the keys of all parts in `order`, and those `parts` that it has otherwise or not at all.
+
+    Args:
+        make: draws the page.
+        known: "key:digest" of each part that the browser has, with commas between.
+    """
+    drawn: dict[str, tuple[str, str]] = {}
+    token = _drawn.set(drawn)
+    try:
+        make()
+    finally:
+        _drawn.reset(token)
+    have = dict(one.rpartition(":")[::2] for one in known.split(","))
+    return {"order": list(drawn), "parts": {key: made for key, (digest, made) in drawn.items() if have.get(key) != digest}}
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, name: str, numeric: Sequence[int] = (), empty: str = "") -> Markup:
@@ -94,6 +136,19 @@ def estimate_words(estimate: Estimate) -> str:
     """ "0.73 [0.64, 0.81]"."""
     ends = f" [{words.number(estimate.low, 2)}, {words.number(estimate.high, 2)}]" if math.isfinite(estimate.low + estimate.high) else ""
     return words.number(estimate.value) + ends
+
+
+def change_forms(notes: str | None = None) -> Markup:
+    """The forms that set a tag and, unless None, the notes of what the page shows; for a dashboard that may write."""
+    submit = element("button", {"type": "submit"}, "Set")
+    one = element(
+        "form", {"class": "tools change", "data-change": "tag"},
+        element("label", None, "Tag ", field({"type": "text", "name": "key", "required": "", "maxlength": "64", "autocomplete": "off"})),
+        element("label", None, "Value ", field({"type": "text", "name": "value", "maxlength": "256", "placeholder": "empty takes it away"})), submit,
+    )  # fmt: skip
+    area = element("textarea", {"name": "notes", "rows": "3", "maxlength": "20000", "aria-label": "Notes"}, notes or "")
+    text = join() if notes is None else element("form", {"class": "tools change", "data-change": "notes"}, element("label", None, "Notes ", area), submit)
+    return join(one, text, element("p", {"id": "said", "class": "note", "role": "status", "aria-live": "polite"}))
 
 
 def page(title: str, *body: str, tab: str = "", script: str = "", tabs: Sequence[tuple[str, str]] = (), token: str = "") -> str:

@@ -70,7 +70,7 @@ def _whole(path: Path, size: int) -> int:
 
 def parts_now(folder: Path, status: str) -> str:
     """A digest of what the run page shows besides rows; it changes when one of its files does."""
-    watched = [folder / name for name in ("run.json", "data.json", "findings.json", "samples.json", "watched.jsonl", "checkpoints")]
+    watched = [folder / name for name in ("run.json", "data.json", "findings.json", "samples.json", "watched.jsonl", "labels.json", "checkpoints")]
     watched += sorted(folder.glob("checkpoints/*")) + sorted(folder.glob("eval/*/evaluation.json"))
     found: list[object] = [status]
     for path in watched:

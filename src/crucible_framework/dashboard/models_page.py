@@ -10,7 +10,7 @@ from ..reports import words
 from ..reports.markup import Markup, element, join
 from ..store import Stage
 from ..store.lineage import Ancestor
-from .frame import empty_state, field, link, page, status, table, url
+from .frame import change_forms, empty_state, link, page, status, table, url
 
 __all__ = ["lineage_svg", "model_page", "models_page"]
 
@@ -120,14 +120,7 @@ def _changes(version: ModelVersion) -> Markup:
         "form", {"class": "tools change", "data-change": "stage"}, element("label", None, "Stage ", element("select", {"name": "stage"}, *stages)),
         element("button", {"type": "submit"}, "Set"),
     )  # fmt: skip
-    tag = element(
-        "form", {"class": "tools change", "data-change": "tag"},
-        element("label", None, "Tag ", field({"type": "text", "name": "key", "required": "", "maxlength": "64", "autocomplete": "off"})),
-        element("label", None, "Value ", field({"type": "text", "name": "value", "maxlength": "256", "placeholder": "empty takes it away"})),
-        element("button", {"type": "submit"}, "Set"),
-    )  # fmt: skip
-    said = element("p", {"id": "said", "class": "note", "role": "status", "aria-live": "polite"})
-    return element("section", {"id": "change"}, element("h2", None, "Change"), stage, tag, said)
+    return element("section", {"id": "change"}, element("h2", None, "Change"), stage, change_forms())
 
 
 def model_page(version: ModelVersion, nodes: Sequence[Ancestor], tabs: Sequence[tuple[str, str]], token: str = "") -> str:

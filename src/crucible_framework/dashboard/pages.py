@@ -19,13 +19,12 @@ from ..reports.parts import Document
 from ..reports.requests import HedgeSummary, RouteSummary, read_requests, summarise_hedges, summarise_routes
 from ..reports.study import study_document
 from ..reports.votes import VoteSummary, read_votes, summarise_votes
-from ..store import Models
+from ..store import Models, Tracker
 from ..store.lineage import ancestry
-from ..traces import load_trace
+from ..traces import Trace, load_trace
 from . import live
 from .asked import AskedEvents
 from .figures import Plot, csv_text, plot_csv, plot_svg, plots_in
-from .frame import url
 from .models_page import model_page, models_page
 from .play_page import play_page
 from .playground import Playground, params_from, verdict_on
@@ -35,7 +34,7 @@ from .requests_page import request_plots, requests_page
 from .run_pages import MOST_COMPARED, chart_svg, compare_page, compare_plots, run_html, run_plots
 from .runs_page import runs_page
 from .studies_page import matrix_map, studies_page, study_page
-from .trace_page import render_trace, trace_html, traces_page
+from .trace_page import render_trace, trace_home, trace_html, trace_title, traces_page
 from .views import chart_views, compare_runs, run_page, run_rows
 from .votes_page import vote_plots, votes_page
 
@@ -47,7 +46,6 @@ __all__ = ["Pages"]
 _STATIC = Path(__file__).with_name("static")
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _MOST_POINTS = 5000
-_OUTSIDE, _ASKED = "asked outside runs", "/traces/asked"
 
 
 class Pages:
@@ -80,7 +78,8 @@ class Pages:
         folder = self.workspace.folder(name)
         cursor, parts = live.cursor_now(folder), live.parts_now(folder, self.workspace.info(name).status)
         events = live.last_rows(folder / "events.jsonl")
-        return run_html(run_page(self.workspace, name), events, cursor, parts, self.tabs, report=(folder / "report.html").is_file())
+        token = self.token if self.write and folder.parent == self.workspace.root else ""
+        return run_html(run_page(self.workspace, name), events, cursor, parts, self.tabs, report=(folder / "report.html").is_file(), token=token)
 
     def _chosen(self, request: Request) -> tuple[list[str], str]:
         names = request.query_params.getlist("run")
@@ -113,32 +112,21 @@ class Pages:
         return model_page(self.models.get(reference), ancestry(self.models, reference, self.workspace.root), self.tabs, token)
 
     def traces(self, request: Request) -> str:
-        """What has a trace: runs, and what was asked outside any."""
+        """The runs that have a trace, and what was asked outside any run."""
         del request
-        places = [(info.name, url("runs", info.name, "trace"), info.folder) for info in self.workspace.infos()]
-        rows = []
-        for name, where, folder in (*places, (_OUTSIDE, _ASKED, self.workspace.root)):
-            if (folder / "events.jsonl").is_file():
-                nodes = load_trace(folder).nodes
-                spans, decisions, events = (sum(node.kind == kind for node in nodes) for kind in ("span", "decision", "event"))
-                rows.append((name, where, spans, decisions, events))
-        return traces_page(rows, self.tabs)
+        folders = [("", self.workspace.root), *((info.name, info.folder) for info in self.workspace.infos())]
+        return traces_page([(name, load_trace(folder).counts()) for name, folder in folders if (folder / "events.jsonl").is_file()], self.tabs)
+
+    def _traced(self, request: Request) -> tuple[str, Trace]:
+        name = request.path_params.get("run", "")
+        return name, load_trace(self.workspace.folder(name) if name else self.workspace.root)
 
     def trace(self, request: Request) -> str:
-        """One run's trace, or the graph of one request in it."""
-        name = request.path_params["run"]
-        return self._trace(request, name, self.workspace.folder(name), home=url("runs", name))
-
-    def asked_trace(self, request: Request) -> str:
-        """The trace of what was asked outside any run."""
-        return self._trace(request, _OUTSIDE, self.workspace.root, home=None)
-
-    def _trace(self, request: Request, name: str, folder: Path, *, home: str | None) -> str:
-        found, base, asked = load_trace(folder), _ASKED if home is None else f"{home}/trace", request.query_params
+        """The trace of one run, or of what was asked outside any; or the graph of one request in it."""
+        (name, found), asked = self._traced(request), request.query_params
         if "request" in asked:
-            return graph_html(name, found, asked["request"], base=base, tabs=self.tabs)
-        requests = requests_table(found, base)
-        return trace_html(name, found, requests, text=asked.get("q", ""), kind=asked.get("kind", ""), tabs=self.tabs, home=home)
+            return graph_html(name or "outside runs", found, asked["request"], base=trace_home(name), tabs=self.tabs)
+        return trace_html(name, found, requests_table(found, trace_home(name)), text=asked.get("q", ""), kind=asked.get("kind", ""), tabs=self.tabs)
 
     def play(self, request: Request) -> str:
         """The playground."""
@@ -267,13 +255,13 @@ class Pages:
 
     def trace_file(self, request: Request) -> tuple[str | bytes, str]:
         """A trace as a file."""
-        name, suffix = request.path_params["run"], request.path_params["suffix"]
-        trace = load_trace(self.workspace.folder(name))
+        suffix = request.path_params["suffix"]
+        name, trace = self._traced(request)
         if suffix == "mmd":
             return trace.to_mermaid(), "text/plain"
         if suffix == "json":
             return orjson.dumps(trace.to_prov(), option=orjson.OPT_INDENT_2), "application/json"
-        return render_trace(trace, f"Trace of {name}"), "text/html"
+        return render_trace(trace, trace_title(name)), "text/html"
 
     def static(self, request: Request) -> tuple[bytes, str]:
         """A style sheet or script."""
@@ -312,10 +300,13 @@ class Pages:
         return {"answers": [answer.plain() for answer in answers], "verdict": verdict}
 
     def change(self, request: Request, body: bytes) -> object:
-        """Gives a version another stage or other tags; refused where the dashboard only reads."""
+        """Gives a version another stage or other tags, or a run other tags or notes; refused where the dashboard only reads."""
         if not self.write:
-            raise AuthError("The dashboard is read-only. Start it with --write to change stages and tags.")
-        asked, reference = orjson.loads(body), self._reference(request)
+            raise AuthError("The dashboard is read-only. Start it with --write to change stages, tags and notes.")
+        asked = orjson.loads(body)
+        if "run" in request.path_params:
+            return self._label(request.path_params["run"], asked)
+        reference = self._reference(request)
         if not isinstance(asked, dict) or not asked.keys() <= {"stage", "tags"} or not asked:
             raise ConfigError("The change lacks a stage or tags; expected {stage: ...} or {tags: {key: value or null}}.")
         tags = asked.get("tags", {})
@@ -327,6 +318,20 @@ class Pages:
             self.models.promote(reference, asked["stage"])
         changed = self.models.get(reference)
         return {"stage": changed.stage, "tags": dict(changed.tags)}
+
+    def _label(self, run: str, asked: object) -> object:
+        folder = self.workspace.folder(run)
+        if not isinstance(asked, dict) or not asked.keys() <= {"tags", "notes"} or not asked:
+            raise ConfigError("The change lacks tags or notes; expected {tags: {key: value or null}} or {notes: text}.")
+        tags, notes, tracker = asked.get("tags", {}), asked.get("notes"), Tracker(folder.parent)
+        if not isinstance(tags, dict) or not isinstance(notes, (str, type(None))):
+            raise ConfigError(f"tags is {tags!r} and notes {notes!r}; expected texts by key, and a text.")
+        if tags:
+            tracker.tag(folder.name, tags)
+        if notes is not None:
+            tracker.note(folder.name, notes)
+        changed = tracker.get(folder.name)
+        return {"tags": dict(changed.tags), "notes": changed.notes}
 
     # ------------------------------------------------------------------------------------------------------------- live
     def run_events(self, request: Request) -> AsyncIterator[bytes]:

@@ -7,6 +7,7 @@ end is not a row yet. This file knows rows and numbers; it does not know what a 
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import os
 import threading
@@ -22,13 +23,15 @@ from ..errors import NotFoundError
 from ..files import storage_errors
 from ..records import Json, record
 from ..reports.charts import thin
-from ..store import RunInfo, list_runs, read_run
+from ..store import RunInfo
+from ..store.run_files import look_at_run
 
 __all__ = ["Chunk", "Curves", "Tail", "Workspace"]
 
 _MOST_BYTES = 8 << 20
 """Bytes read of one file in one look at the most."""
 _KEPT_RUNS = 256
+_NUMBERS = frozenset((int, float))
 CELL = "::"
 _WATCHED = ("run.json", "config.json", "metrics.jsonl", "labels.json")
 
@@ -80,9 +83,19 @@ class Tail:
         data = data[: data.rfind(b"\n") + 1]
         self._offset += len(data)
         lines = [line for line in data.split(b"\n") if line and (not self._only or any(text in line for text in self._only))]
-        parsed = [_row(line) for line in lines]
-        rows = tuple(row for row in parsed if row is not None)
-        return Chunk(rows=rows, again=again, damaged=len(parsed) - len(rows))
+        rows = _rows(lines)
+        return Chunk(rows=rows, again=again, damaged=len(lines) - len(rows))
+
+
+def _rows(lines: Sequence[bytes]) -> tuple[dict[str, Json], ...]:
+    """The JSON objects among the lines, parsed in one call; each alone where a line is damaged."""
+    try:
+        found = orjson.loads(b"[%b]" % b"\n,".join(lines))
+    except orjson.JSONDecodeError:
+        found = []
+    if len(found) != len(lines) or not {dict}.issuperset(map(type, found)):
+        found = [row for row in map(_row, lines) if row is not None]
+    return tuple(found)
 
 
 def _row(line: bytes) -> dict[str, Json] | None:
@@ -100,7 +113,7 @@ class Curves:
         self._tail = Tail(path)
         self._lock = threading.Lock()
         self._columns: dict[str, tuple[array[float], array[float]]] = {}
-        self.damaged = 0
+        self.damaged = self.steps = 0
 
     def update(self) -> str:
         """Reads what is new; returns the cursor up to which all is in."""
@@ -109,25 +122,37 @@ class Curves:
                 chunk = self._tail.read()
                 if chunk.again:
                     self._columns.clear()
-                    self.damaged = 0
+                    self.damaged = self.steps = 0
                 self.damaged += chunk.damaged
-                for row in chunk.rows:
-                    self._add(row)
+                for names, rows in itertools.groupby(chunk.rows, tuple):
+                    self._add(names, list(rows))
                 if not chunk.rows:
                     return self._tail.cursor
 
-    def _add(self, row: dict[str, Json]) -> None:
-        step = row.get("step")
-        if not isinstance(step, (int, float)):
-            return
-        for name, value in row.items():
-            if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                continue
-            if name not in self._columns:
-                self._columns[name] = (array("d"), array("d"))
-            xs, ys = self._columns[name]
-            xs.append(step)
-            ys.append(math.nan if value is None else value)
+    def _add(self, names: tuple[str, ...], rows: Sequence[dict[str, Json]]) -> None:
+        """Takes rows of the same names, a column at a time."""
+        columns = dict(zip(names, zip(*(row.values() for row in rows), strict=True), strict=True))
+        steps = columns.pop("step", ())
+        whole = _NUMBERS.issuperset(map(type, steps))
+        self.steps = max([self.steps, *(int(step) for step in steps if type(step) in _NUMBERS)])
+        for name, column in columns.items():
+            xs, ys = steps, column
+            if not (whole and _NUMBERS.issuperset(map(type, column))):
+                pairs = [
+                    (x, math.nan if y is None else y) for x, y in zip(steps, column, strict=False) if type(x) in _NUMBERS and (y is None or type(y) in _NUMBERS)
+                ]
+                xs, ys = zip(*pairs, strict=True) if pairs else ((), ())
+            if xs:
+                kept = self._columns.setdefault(name, (array("d"), array("d")))
+                kept[0].extend(xs)
+                kept[1].extend(ys)
+
+    def summary(self) -> tuple[int, dict[str, float]]:
+        """The highest step, and the last finite value of each name that has one."""
+        with self._lock:
+            steps = self.steps
+            last = {name: _last(ys) for name, (_, ys) in self._columns.items()}
+        return steps, {name: value for name, value in last.items() if value is not None}
 
     def names(self) -> tuple[str, ...]:
         """The names that have a number, in the order in which they appeared."""
@@ -138,7 +163,7 @@ class Curves:
         """The last finite value of a name."""
         with self._lock:
             _, ys = self._columns.get(name, (None, ()))
-            return next((value for value in reversed(ys) if math.isfinite(value)), None)
+            return _last(ys)
 
     def points(self, name: str, most: int = 800, low: float = -math.inf, high: float = math.inf) -> list[tuple[float, float]]:
         """At most `most` points with low <= step <= high; lowest and highest of each stretch stay, so that no peak is lost."""
@@ -148,6 +173,10 @@ class Curves:
             first, end = (bisect.bisect_left(xs, low), bisect.bisect_right(xs, high)) if sorted_ else (0, len(xs))
             found = [(x, y) for x, y in zip(xs[first:end], ys[first:end], strict=True) if math.isfinite(y) and low <= x <= high]
         return thin(found, most)
+
+
+def _last(values: Sequence[float]) -> float | None:
+    return next((value for value in reversed(values) if math.isfinite(value)), None)
 
 
 class Workspace:
@@ -212,12 +241,9 @@ class Workspace:
         # "running" is checked anew: a killed process changes no file
         if kept and kept[0] == signature and kept[1].status != "running":
             return kept[1]
-        try:
-            info = replace(read_run(self.folder(name)), name=name)
-        except NotFoundError:
-            raise
-        except Exception:
-            info = next((one for one in list_runs(self.root) if one.name == name), None) or replace(read_run(self.folder(name)), name=name)
+        curves = self.curves(name)
+        # damaged rows are read line by line, which says where the damage is
+        info = replace(look_at_run(self.folder(name), None if curves.damaged else curves.summary()), name=name)
         with self._lock:
             self._infos[name] = (signature, info)
         return info

@@ -14,8 +14,9 @@ from ..reports.markup import Markup, element, join
 from ..reports.parts import Document, DotPlot, Interval, LineChart, Section, Series
 from ..reports.parts import Table as ReportTable
 from ..reports.web import render_block
+from ..store import RunInfo
 from .figures import Plot, figure, plot_svg, plots_in, section
-from .frame import choice, field, link, page, part, status, table, url
+from .frame import change_forms, choice, field, link, page, part, status, table, url
 from .views import ChartView, Comparison, RunPage, smoothed
 
 __all__ = ["MOST_COMPARED", "chart_svg", "compare_page", "compare_plots", "event_rows", "run_html", "run_plots"]
@@ -159,8 +160,18 @@ def _log(events: Sequence[Mapping[str, Json]]) -> Markup:
     return element("section", {"id": "events", "aria-labelledby": "events-heading"}, element("h2", {"id": "events-heading"}, "Events"), search, scroll)
 
 
-def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool) -> str:
-    """The whole page; `cursor` and `parts` are where its live updates begin."""
+def _labels(info: RunInfo, *, write: bool) -> Markup:
+    """What people said of the run, and where that is allowed the forms that change it."""
+    told = table(("Tag", "Value"), sorted(info.tags.items()), name="Tags") if info.tags else join()
+    notes = element("p", {"class": "text"}, info.notes) if info.notes else join()
+    said = part("labels", told, notes, title="Tags and notes" if info.tags or info.notes or write else "")
+    return join(said, change_forms(info.notes)) if write else said
+
+
+def run_html(
+    view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, parts: str, tabs: Sequence[tuple[str, str]], *, report: bool, token: str = ""
+) -> str:  # fmt: skip
+    """The whole page; `cursor` and `parts` are where its live updates begin. With a token, it may change the run's tags and notes."""
     name, document = view.info.name, build(view.files)
     kept = _sections(document)
     own = [("layers", "Gradient health", view.layers or view.issues), ("watched", "Samples as training goes", view.watched)]
@@ -170,9 +181,10 @@ def run_html(view: RunPage, events: Sequence[Mapping[str, Json]], cursor: str, p
     sections = [element("div", {"data-part": f"part-{one.key}"}, section(one, ("runs", name))) for one in kept]
     about = {"id": "run", "data-run": name, "data-cursor": cursor, "data-parts": parts}
     body = element(
-        "div", about, _head(view, document, report=report), contents, _curves(view), empty, _layers(view), _watched(view), *sections, _log(events)
+        "div", about, _head(view, document, report=report), contents, _curves(view), empty, _layers(view), _watched(view), *sections,
+        _labels(view.info, write=bool(token)), _log(events)
     )  # fmt: skip
-    return page(name, body, tab="/", script="run.js", tabs=tabs)
+    return page(name, body, tab="/", script="run.js", tabs=tabs, token=token)
 
 
 def _interval_rows(view: Comparison) -> list[DotPlot]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import orjson
 
 from ..errors import AuthError, ConfigError, CrucibleError, LockedError, NotFoundError
+from .frame import changed_parts
 from .guard import LOCAL_HOSTS, Guard
 from .pages import Pages
 from .playground import Playground
@@ -58,6 +59,15 @@ def _routes(pages: Pages) -> list[object]:
 
         return Route(path, answer)
 
+    def growing(path: str, make: Callable[[Request], object]) -> Route:
+        """A page of parts. With `?known=` it gives only the parts that the browser has not."""
+
+        def answer(request: Request) -> object:
+            known = request.query_params.get("known")
+            return make(request) if known is None else (orjson.dumps(changed_parts(lambda: make(request), known)), "application/json")
+
+        return route(path, answer)
+
     async def ask(request: Request) -> Response:
         answer = await run_in_threadpool(pages.ask, await request.body())
         return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
@@ -75,19 +85,21 @@ def _routes(pages: Pages) -> list[object]:
         route("/models/{name}/{version:int}", pages.model),
         route("/models/{name}/{version:int}/card.md", pages.card, "text/markdown"),
         route("/traces", pages.traces),
-        route("/traces/asked", pages.asked_trace),
-        route("/studies", pages.studies),
-        route("/studies/{study}", pages.study),
+        route("/traces/outside", pages.trace),
+        route("/traces/outside/trace.{suffix}", pages.trace_file, content_security_policy=sandboxed),
+        growing("/studies", pages.studies),
+        growing("/studies/{study}", pages.study),
         route("/studies/{study}/report.html", pages.study_report, content_security_policy=sandboxed),
         route("/studies/{study}/plots/{file}", pages.study_plot),
-        route("/ensembles", pages.votes),
+        growing("/ensembles", pages.votes),
         route("/ensembles/plots/{file}", pages.vote_plot),
-        route("/requests", pages.requests),
+        growing("/requests", pages.requests),
         route("/requests/plots/{file}", pages.request_plot),
         route("/compare/plots/{file}", pages.compare_plot),
         route("/playground", pages.play),
         Route("/playground/ask", ask, methods=["POST"]),
         Route("/models/{name}/{version:int}", change, methods=["POST"]),
+        Route("/runs/{run}", change, methods=["POST"]),
         route("/runs/{run}", pages.run),
         route("/runs/{run}/trace", pages.trace),
         route("/runs/{run}/trace.{suffix}", pages.trace_file, content_security_policy=sandboxed),
@@ -132,7 +144,7 @@ def make_app(
         hosts: names that it may be asked under, besides those of this machine.
         token: what a question must bring along; random where empty.
         every_s: how often files are looked at for live pages.
-        write: whether stages and tags of models may be changed; else everything but a question is read-only.
+        write: whether stages and tags of models, and tags and notes of runs, may be changed; else everything but a question is read-only.
 
     Raises:
         NotFoundError: there is no such folder. ConfigError: starlette is not installed, or `every_s` is not positive.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..reports import words
 from ..reports.markup import Markup, element, join, raw
 from ..reports.sources import as_list, as_text
 from ..traces import Trace, TraceNode
-from .frame import empty_state, field, link, page, table
+from .frame import empty_state, field, link, page, table, url
 
-__all__ = ["render_trace", "trace_body", "trace_html", "traces_page"]
+__all__ = ["render_trace", "trace_body", "trace_home", "trace_html", "trace_title", "traces_page"]
 
 _MOST = 400
+_OUTSIDE = ("traces", "outside")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
@@ -72,8 +73,18 @@ def trace_body(trace: Trace) -> Markup:
     return join(element("ul", {"class": "trace"}, *(entry(node, 0, frozenset((node.id,))) for node in tops)), cut)
 
 
-def trace_html(name: str, trace: Trace, requests: Markup, *, text: str, kind: str, tabs: Sequence[tuple[str, str]], home: str | None = None) -> str:
-    """The page of a trace: that of the run `name`, or of what happened outside any where `home` is None; above it a table of its requests."""
+def trace_title(run: str) -> str:
+    """What the trace of a run is called; "" is what happened outside any."""
+    return f"Trace of {run}" if run else "Trace of what was asked outside runs"
+
+
+def trace_home(run: str) -> str:
+    """The address of a run's trace; "" is what happened outside any."""
+    return url("runs", run, "trace") if run else url(*_OUTSIDE)
+
+
+def trace_html(name: str, trace: Trace, requests: Markup, *, text: str, kind: str, tabs: Sequence[tuple[str, str]]) -> str:
+    """The page of a run's trace, with a table of its requests; without a name, of what happened outside any."""
     form = element(
         "form",
         {"class": "tools", "role": "search"},
@@ -90,30 +101,29 @@ def trace_html(name: str, trace: Trace, requests: Markup, *, text: str, kind: st
         ),
         element("button", {"type": "submit"}, "Find"),
     )
-    counts = ", ".join(words.counted(sum(node.kind == one for node in trace.nodes), one) for one in ("span", "decision", "event"))
+    counts = ", ".join(words.counted(count, kinds[:-1]) for kinds, count in trace.counts().items())
     shown = trace
     if text or kind:
         hits = trace.query(text=text, where=(lambda node: node.kind == kind) if kind else None)
         shown = Trace(nodes=hits)
     files = [
-        link(label, f"{home}/trace.{suffix}", download=f"{name}-trace.{suffix}")
+        link(label, url(*(("runs", name) if name else _OUTSIDE), f"trace.{suffix}"), download=f"{name or 'workspace'}-trace.{suffix}")
         for label, suffix in (("HTML", "html"), ("Mermaid", "mmd"), ("PROV-JSON", "json"))
-        if home is not None
     ]
     top = (
-        element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", name if home is None else link(name, home)),
-        element("h1", None, f"Trace of {name}"),
+        element("p", {"class": "kicker"}, link("Traces", "/traces"), " / ", link(name, url("runs", name)) if name else join()),
+        element("h1", None, trace_title(name)),
         element("p", {"class": "subtitle"}, counts),
         element("p", {"class": "links"}, *files),
         form,
     )
     listed = join() if text or kind else requests
-    return page(f"Trace of {name}", *top, listed, trace_body(shown), tab="/traces", tabs=tabs)
+    return page(trace_title(name), *top, listed, trace_body(shown), tab="/traces", tabs=tabs)
 
 
-def traces_page(rows: Iterable[tuple[str, str, int, int, int]], tabs: Sequence[tuple[str, str]]) -> str:
-    """What has events, the runs and what was asked outside any: (name, address, spans, decisions, events)."""
-    cells = [(link(name, where), f"{spans:,}", f"{decisions:,}", f"{events:,}") for name, where, spans, decisions, events in rows]
+def traces_page(rows: Iterable[tuple[str, Mapping[str, int]]], tabs: Sequence[tuple[str, str]]) -> str:
+    """What has events: a run's name, or "" for what happened outside runs, with how many spans, decisions and events."""
+    cells = [(link(name or "outside runs", trace_home(name)), *(f"{count:,}" for count in counts.values())) for name, counts in rows]
     shown = table(("Run", "Spans", "Decisions", "Events"), cells, name="Traces", numeric=(1, 2, 3))
     if not cells:
         shown = empty_state("No run has recorded events yet.", "Every run keeps its own events; each stands here as a graph.", "crucible demo --quick")

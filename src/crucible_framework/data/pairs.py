@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..config import fingerprint
 from ..errors import ConfigError, DataError, FormatError
+from ..events import emit
 from ..records import Dataset, DatasetCard, Datum, Example, Json, Message, Role, answer_id, split_answer_id
 from .sources import file_card, read_rows
 
@@ -84,6 +85,9 @@ def load_preferences(path: str | Path, *, split: str = "train", licence: str = "
     Raises:
         NotFoundError: there is no such file.
         FormatError, DataError: as `preference_examples`.
+
+    Emits:
+        `data.loaded`, as `load_dataset`.
     """
     place = Path(path)
     rows = [row.values for row in read_rows(place)]
@@ -98,6 +102,7 @@ def load_preferences(path: str | Path, *, split: str = "train", licence: str = "
         source=place.name,
         files=(file_card(place),),
     )
+    emit("data.loaded", dataset=card.name, split=card.split, task=card.task, rows=card.rows, sha256=card.sha256)
     return Dataset(examples=examples, card=card)
 
 

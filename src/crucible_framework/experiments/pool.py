@@ -18,6 +18,7 @@ from typing import IO, Protocol, TypeAlias, cast
 
 import orjson
 
+from .. import events
 from ..records import Json
 from .work import Engines, Job
 from .worker import attempt
@@ -159,7 +160,7 @@ class Workers:
             worker = _Worker(self._log, self._threads, self._together, self._said)
             self._workers.append(worker)
         worker.jobs[job.id] = job
-        worker.send({"job": job.plain()})
+        worker.send({"job": job.plain(), "trace": events.traceparent()})
 
     def messages(self, timeout_s: float) -> list[Message]:
         """What the workers said; a dead one says "died" of its job."""

@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 import orjson
 
+from .. import events
 from ..errors import ConfigError, ExperimentError
 from .pool import Message
 from .work import Engines, Job
@@ -71,8 +72,8 @@ class Remote:
         """Says that the actor has started."""
         return True
 
-    def perform(self, job: bytes) -> bytes:
-        """Does a job; gives "done", "stopped" or "failed"."""
+    def perform(self, job: bytes, trace: str = "") -> bytes:
+        """Does a job below the span that `trace` (a `traceparent`) names; gives "done", "stopped" or "failed"."""
         said: list[Message] = []
 
         def say(message: Message) -> None:
@@ -82,7 +83,8 @@ class Remote:
                 self._progress.pop(str(message["id"]), None)
                 said.append(message)
 
-        attempt(Job.of(cast("dict[str, object]", orjson.loads(job))), self._engines, say, self._stop.is_set)
+        with events.continued(trace):
+            attempt(Job.of(cast("dict[str, object]", orjson.loads(job))), self._engines, say, self._stop.is_set)
         return orjson.dumps(said[-1])
 
     def progress(self, job: str) -> bytes:
@@ -149,7 +151,7 @@ class RayWorkers:
         """Gives the job to an idle actor, or to a new one."""
         actor = self._actor()
         self._jobs(actor).append(job.id)
-        self._busy[actor.perform.remote(orjson.dumps(job.plain()))] = (job, actor)
+        self._busy[actor.perform.remote(orjson.dumps(job.plain()), events.traceparent())] = (job, actor)
 
     def messages(self, timeout_s: float) -> list[Message]:
         """What has ended within the time, and how far the others are."""

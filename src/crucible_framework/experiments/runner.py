@@ -319,13 +319,14 @@ def run(
         LockedError: another process runs the study.
 
     Emits:
-        `experiment.started`, with a budget `experiment.estimated`, `experiment.cell` for each that ends, `experiment.done`.
+        the span `experiment.run`, below which are the cells' own, also those of other processes; `experiment.started`, with a budget
+        `experiment.estimated`, `experiment.cell` for each that ends, `experiment.done`.
     """
     if jobs < 0 or together < 1 or (together > 1 and not jobs) or executor not in ("local", "ray"):
         given = f"jobs is {jobs!r}, together {together!r} and executor {executor!r}"
         raise ConfigError(f"{given}; expected at least 0 jobs (1 with together), at least 1 together, and 'local' or 'ray'.")
     folder = Path(folder)
-    with files.lock(folder / LOCK, "study"):
+    with files.lock(folder / LOCK, "study"), events.span("experiment.run", experiment=experiment.name):
         _prepare(experiment, folder, resume=resume)
         pending, done = _pending(experiment, folder, experiment.seeds, retry_failed=retry_failed)
         events.emit("experiment.started", experiment=experiment.name, cells=len(pending) + done, pending=len(pending))

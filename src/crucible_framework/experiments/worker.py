@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 
 import orjson
 
+from .. import events
 from ..records import Json
 from .work import Engines, Job, Spent, Stopped, Watch, described, perform
 
@@ -27,7 +28,7 @@ EVERY_S = 0.1
 
 
 def attempt(job: Job, engines: Engines, say: Callable[[dict[str, Json]], None], stopping: Callable[[], bool]) -> None:
-    """Does a job and says how it went: "progress" on the way, then "done", "stopped" or "failed"."""
+    """Does a job and says how it went: "progress" on the way, then "done", "stopped" or "failed". Its spans hang below the caller's."""
     last = 0.0
 
     def tell(spent: Spent) -> None:
@@ -63,7 +64,7 @@ def serve(source: BinaryIO, sink: BinaryIO, cut_off: Callable[[], object], toget
     Args:
         together: jobs that run side by side in this process on the same backends, so that a base model is in memory once.
     """
-    jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[tuple[Job, str] | None] = queue.SimpleQueue()
     stop, guard, busy = threading.Event(), threading.Lock(), list[str]()
 
     def say(message: dict[str, Json]) -> None:
@@ -79,15 +80,17 @@ def serve(source: BinaryIO, sink: BinaryIO, cut_off: Callable[[], object], toget
                 continue
             job = Job.of(cast("dict[str, object]", told["job"]))
             busy.append(job.id)
-            jobs.put(job)
+            jobs.put((job, str(told.get("trace", ""))))
         if busy and not stop.is_set():
             cut_off()
         for _ in range(together):
             jobs.put(None)
 
     def work() -> None:
-        while (job := jobs.get()) is not None:
-            attempt(job, engines, say, stop.is_set)
+        while (taken := jobs.get()) is not None:
+            job, trace = taken
+            with events.continued(trace):
+                attempt(job, engines, say, stop.is_set)
             busy.remove(job.id)
 
     threading.Thread(target=listen, name="crucible-worker-input", daemon=True).start()

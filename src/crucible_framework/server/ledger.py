@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from .. import events
 from ..errors import CapabilityError, ConfigError, CrucibleError, DataError, ServiceError, StoreError
 
 __all__ = ["Answer", "BusyError", "Entry", "Finished", "Gate", "GoneError", "Ledger", "TooLargeError", "failure"]
@@ -61,7 +62,10 @@ def failure(error: BaseException) -> Answer:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A request: whose it is, of which group (a session), and its answer once it is there. `written` is done when it is in a journal."""
+    """A request: whose it is, of which group (a session), and its answer once it is there. `written` is done when it is in a journal.
+
+    `trace` is the span at the client that it goes below, as a `traceparent`.
+    """
 
     id: str
     owner: str
@@ -74,6 +78,7 @@ class Entry:
     size_bytes: int = 0
     written: asyncio.Future[None] | None = None
     noted: bool = False
+    trace: str = field(default_factory=events.traceparent)
 
     def resolve(self, answer: Answer) -> None:
         """Sets the answer, where there is none yet."""

@@ -144,19 +144,24 @@ class Turns:
                 model.next += 1
                 await self._gate.enter(model.session.owner)
                 self._count(f"requests_total:{entry.kind}")
-                try:
-                    work, made = await begin(), None
-                    if model.journal is not None and entry.kind in STATEFUL:
-                        made = model.live.save("live", "state")  # behind the step and before what is submitted next
-                except asyncio.CancelledError:
-                    self._gate.leave()
-                    raise
-                except Exception as error:
-                    work, made = _failed(error), None
-                before, model.before = model.before, asyncio.Event()
-                entry.task = self._spawn(run(self._gate, entry, self._kept(model, seq, entry, work=work, made=made, before=before, done=model.before)))
+                with events.continued(entry.trace):  # this task serves many requests, each of a span of its own
+                    await self._start(model, seq, entry, begin)
             model.wake.clear()
             await model.wake.wait()
+
+    async def _start(self, model: Model, seq: int, entry: Entry, begin: Start) -> None:
+        """Submits a request to the backend, and lets it finish by itself."""
+        try:
+            work, made = await begin(), None
+            if model.journal is not None and entry.kind in STATEFUL:
+                made = model.live.save("live", "state")  # behind the step and before what is submitted next
+        except asyncio.CancelledError:
+            self._gate.leave()
+            raise
+        except Exception as error:
+            work, made = _failed(error), None
+        before, model.before = model.before, asyncio.Event()
+        entry.task = self._spawn(run(self._gate, entry, self._kept(model, seq, entry, work=work, made=made, before=before, done=model.before)))
 
     async def _kept(
         self, model: Model, seq: int, entry: Entry, *, work: Awaitable[Answer], made: Future[Checkpoint] | None, before: asyncio.Event | None,

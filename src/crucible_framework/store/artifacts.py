@@ -106,13 +106,15 @@ class Artifacts:
 
     def release(self, owner: str, keys: Iterable[str] | None = None) -> None:
         """Says that an owner needs some keys no longer, or (None) nothing at all; whether they are removed is up to the limit."""
-        folder = self._refs / safe_name("owner", owner)
+        folder, wanted = self._refs / safe_name("owner", owner), None if keys is None else set(keys)
         with self._lock(), files.storage_errors(folder, "remove"):
-            for path in list(folder.iterdir()) if folder.is_dir() else ():
-                if keys is None or path.name in set(keys):
-                    path.unlink(missing_ok=True)
+            given_up = [path for path in folder.iterdir() if wanted is None or path.name in wanted] if folder.is_dir() else []
+            for path in given_up:
+                path.unlink(missing_ok=True)
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        if given_up:
+            events.emit("artifact.released", owner=owner, count=len(given_up))
 
     def get(self, key: str) -> bytes:
         """The bytes of a key, compared with it.

@@ -284,6 +284,7 @@ class Checkpoints:
             changed = pins | {folder} if pinned else pins - {folder}
             if changed != pins:
                 files.write_json(self.folder / _PINS, {"pinned": sorted(changed)})
+                events.emit("checkpoint.pinned", path=str(self.folder / folder), pinned=pinned)
         return self.get(folder)
 
     def prune(self, keep: int, *, metric: str | None = None, direction: Direction = "min") -> tuple[Checkpoint, ...]:

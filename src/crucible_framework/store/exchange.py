@@ -135,6 +135,7 @@ def copy_runs(infos: Iterable[RunInfo], begin: Begin) -> int:
             step = row.get("step")
             copy.log(step if isinstance(step, int) else 0, values, start)
         copy.end(info.status)
+        events.emit("run.copied", path=str(info.folder), status=info.status)
         count += 1
     return count
 

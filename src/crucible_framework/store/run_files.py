@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -16,7 +17,7 @@ from ..records import Json, record
 
 __all__ = [
     "CONFIG", "EVENTS", "LABELS", "LOCK", "METRICS", "RUN", "SYSTEM", "TIMINGS", "Labels", "RunInfo", "Status",
-    "list_runs", "read_labels", "read_metrics", "read_object", "read_run",
+    "list_runs", "look_at_run", "read_labels", "read_metrics", "read_object", "read_run",
 ]  # fmt: skip
 
 Status = Literal["running", "done", "failed", "stopped", "interrupted", "broken"]
@@ -94,15 +95,19 @@ def read_metrics(folder: Path) -> list[dict[str, Json]]:
     return files.read_lines(folder / METRICS)
 
 
-def read_run(folder: Path) -> RunInfo:
+def read_run(folder: Path, metrics: tuple[int, Mapping[str, float]] | None = None) -> RunInfo:
     """What a run's files say of it now. Needs no lock.
+
+    Args:
+        folder: the run's.
+        metrics: its highest step and the last value of each metric, where the caller has read the rows already.
 
     Raises:
         NotFoundError: the folder holds no run.
         CorruptError: one of its files is damaged.
     """
     folder = Path(folder)
-    rows = read_metrics(folder)
+    steps, last = _summary(read_metrics(folder)) if metrics is None else metrics
     state = read_object(folder / RUN)
     config = read_object(folder / CONFIG)
     status = str(state.get("status", ""))
@@ -112,11 +117,6 @@ def read_run(folder: Path) -> RunInfo:
         # the run may have ended between the two looks
         status = str(read_object(folder / RUN).get("status"))
         status = "interrupted" if status == "running" else status
-    last: dict[str, float] = {}
-    for row in rows:
-        last.update({k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)})
-    steps = int(max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0))  # type: ignore[type-var, arg-type] # checked just before
-    last.pop("step", None)
     labels = read_labels(folder)
     result, environment = state.get("result"), state.get("environment")
     return RunInfo(
@@ -138,6 +138,17 @@ def read_run(folder: Path) -> RunInfo:
         notes=labels.notes,
         artifacts=labels.artifacts,
     )
+
+
+def _summary(rows: Iterable[Mapping[str, Json]]) -> tuple[int, dict[str, float]]:
+    """The highest step, and the last finite value of each name; a row without a step says nothing."""
+    steps, last = 0, dict[str, float]()
+    for row in rows:
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)}
+        if (step := numbers.pop("step", None)) is not None:
+            steps = max(steps, int(step))
+            last.update({k: float(v) for k, v in numbers.items()})
+    return steps, last
 
 
 @record
@@ -180,16 +191,21 @@ def list_runs(root: Path) -> tuple[RunInfo, ...]:
         folders = sorted(p.parent for p in root.glob(f"*/{RUN}") if not p.parent.name.startswith("."))
     found: list[RunInfo] = []
     for folder in folders:
-        try:
-            found.append(read_run(folder))
-        except NotFoundError:
-            if not (folder / RUN).exists():
-                continue
-            found.append(_broken(folder, f"{str(folder / CONFIG)!r} is missing."))
-        except CrucibleError as error:
-            found.append(_broken(folder, str(error)))
+        with contextlib.suppress(NotFoundError):  # removed meanwhile
+            found.append(look_at_run(folder))
     return tuple(sorted(found, key=lambda info: (info.created_at, info.name)))
 
 
-def _broken(folder: Path, why: str) -> RunInfo:
-    return RunInfo(name=folder.name, folder=folder, status="broken", created_at=0.0, base_model="", steps=0, metrics={}, error=why)
+def look_at_run(folder: Path, metrics: tuple[int, Mapping[str, float]] | None = None) -> RunInfo:
+    """As `read_run`, but a run of which files are damaged or missing has the status "broken" and says why in `error`.
+
+    Raises:
+        NotFoundError: there is no run.json, so this is no run.
+    """
+    try:
+        return read_run(folder, metrics)
+    except CrucibleError as error:
+        if not (folder / RUN).exists():
+            raise
+        why = f"{str(folder / CONFIG)!r} is missing." if isinstance(error, NotFoundError) else str(error)
+        return RunInfo(name=folder.name, folder=folder, status="broken", created_at=0.0, base_model="", steps=0, metrics={}, error=why)

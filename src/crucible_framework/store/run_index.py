@@ -19,10 +19,10 @@ import orjson
 
 from .. import files
 from ..config import to_dict
-from ..errors import CrucibleError
+from ..errors import NotFoundError
 from .checkpoints import number
 from .index import journal_mode
-from .run_files import CONFIG, LABELS, LOCK, METRICS, RUN, RunInfo, read_run
+from .run_files import CONFIG, LABELS, LOCK, METRICS, RUN, RunInfo, look_at_run
 
 __all__ = ["SCHEMA", "RunIndex"]
 
@@ -47,7 +47,10 @@ class RunIndex:
             stamp = _stamp(self.root / name)
             info = _parsed(self.root / name, kept[name][1]) if kept.get(name, ("",))[0] == stamp else None
             if info is None:
-                info = _look(self.root / name)
+                try:
+                    info = look_at_run(self.root / name)
+                except NotFoundError:  # removed meanwhile
+                    continue
                 if info.status != "broken":
                     fresh[name] = stamp, _body(info)
             found.append(_alive(info))
@@ -125,13 +128,6 @@ def _stamp(folder: Path) -> str:
         except OSError:
             parts.append("-")
     return " ".join(parts)
-
-
-def _look(folder: Path) -> RunInfo:
-    try:
-        return read_run(folder)
-    except CrucibleError as error:
-        return RunInfo(name=folder.name, folder=folder, status="broken", created_at=0.0, base_model="", steps=0, metrics={}, error=str(error))
 
 
 def _body(info: RunInfo) -> str:

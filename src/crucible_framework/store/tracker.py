@@ -223,6 +223,7 @@ class Tracker:
         labels = self._change(name, change)
         if before[0] not in labels.artifacts.values():
             self.artifacts.release(name, before)
+        events.emit("run.attached", path=str(self.root / name), artifact=called, key=key)
         return next(one for one in self.artifacts.list() if one.key == key)
 
     def artifact(self, name: str, called: str) -> bytes:

@@ -314,7 +314,7 @@ class Trainer:
             row[f"train/{name}"] = sum(output.metrics.get(name, 0.0) * output.weight for output in outputs) / weight
         row |= {f"grad/{name}" if "/" not in name else name: value for name, value in optim.metrics.items()}
         row |= example_metrics([(batch.ids, output.example_norms) for batch, output in zip(pending.slices, outputs, strict=True)])
-        events.emit("training.step", step=pending.step, loss=row["train/loss"], grad_norm=optim.grad_norm, lr=pending.lr, tokens=tokens)
+        events.emit("training.step", step=pending.step, epoch=row["epoch"], loss=row["train/loss"], grad_norm=optim.grad_norm, lr=pending.lr, tokens=tokens)
         return row, tokens
 
     def _at_boundary(self, step: int, total: int, per_epoch: float, dev: Sequence[Datum]) -> None:
@@ -324,6 +324,7 @@ class Trainer:
             row: dict[str, Json] = {"step": step, "epoch": step / per_epoch}
             row["dev/loss"] = self._forward([Batch(data=tuple(dev[i : i + size])) for i in range(0, len(dev), size)])
             self._write(row)
+            events.emit("training.evaluated", step=step, epoch=row["epoch"], loss=row["dev/loss"], examples=len(dev))
             self._tell("evaluation", total, row)
             if self._out_of_patience():
                 self._stop = self._stop or "patience"

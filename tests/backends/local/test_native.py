@@ -213,6 +213,19 @@ def test_without_a_compiler_torch_computes(tmp_path: Path, monkeypatch: pytest.M
     assert reasons == ["no C++ compiler; looked for no-such-compiler"]
 
 
+def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setattr(compiling, "FOLDER", tmp_path)
+    monkeypatch.setattr(compiling, "_LOADED", {})
+    with events.collect() as seen:
+        for _ in range(2):
+            library = compiling.library("one.cpp", tmp_path / "native")
+            assert library is not None
+            assert library.one() == 1
+            compiling._LOADED.clear()
+    assert [(event["name"], event["source"]) for event in seen] == [("native.compiled", "one.cpp")]
+
+
 def test_what_is_not_covered(tmp_path: Path) -> None:
     base = load_base("tiny", cache=tmp_path, dtype=torch.float32, device=CPU, engine="torch")
     assert NativeSteps.of(base, threads=1) is None

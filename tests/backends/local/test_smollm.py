@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
+from crucible_framework import events
 from crucible_framework.backends.local import LocalBackend, smollm
 from crucible_framework.config import places
 from crucible_framework.errors import ChecksumError, ServiceError, StoreError
@@ -104,9 +105,11 @@ def test_the_wheel_is_converted_once_and_published(offline: Path, tmp_path: Path
         make_qwen(target)
 
     monkeypatch.setattr(smollm, "_convert", convert)
-    for name in ("smollm2-135m", smollm.HUB_ID):
-        with LocalBackend(threads=1, cache=tmp_path / "cache") as backend:
-            assert backend.train(name, LoraConfig()).base.source == smollm.HUB_ID
+    with events.collect() as seen:
+        for name in ("smollm2-135m", smollm.HUB_ID):
+            with LocalBackend(threads=1, cache=tmp_path / "cache") as backend:
+                assert backend.train(name, LoraConfig()).base.source == smollm.HUB_ID
+    assert [event["name"] for event in seen].count("model.converted") == 1
     assert made == [b"GGUF nonsense"]
     assert sorted(path.name for path in (tmp_path / "cache" / "models").iterdir()) == [".smollm2-135m.checked.json", ".smollm2-135m.lock", "smollm2-135m"]
     assert (tmp_path / "cache" / "models" / "smollm2-135m" / "manifest.json").is_file()

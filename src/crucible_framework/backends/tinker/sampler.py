@@ -80,7 +80,7 @@ class TinkerSampler:
             except BaseException as error:
                 fail(outer, error, doing, ())
 
-        self._ready.add_done_callback(lambda ready: backend.pool.submit(submit, ready))
+        self._ready.add_done_callback(lambda ready: backend.pool.submit(context.copy().run, submit, ready))  # a copy: an answer may come meanwhile
         return outer
 
     def sample(self, prompt: Prompt, params: SamplingParams, n: int = 1) -> Future[tuple[Completion, ...]]:

@@ -1,4 +1,4 @@
-"""What the SDK does by itself while a request waits, as events: queue states and retries.
+"""What the SDK does by itself while a request waits, as events: queue states and retries. And what it does not: hand on the caller's span.
 
 The SDK has no public hook for these. What is used here is checked for being there, and left out where another version has it not.
 """
@@ -6,7 +6,8 @@ The SDK has no public hook for these. What is used here is checked for being the
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ... import events
@@ -19,7 +20,7 @@ __all__ = ["watch"]
 
 
 def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> None:
-    """From now on the client's waits and retries are the events `tinker.queue_state` and `tinker.retry`.
+    """From now on the client's waits and retries are the events `tinker.queue_state` and `tinker.retry`, and its requests carry `traceparent`.
 
     Args:
         client: of the SDK.
@@ -44,6 +45,7 @@ def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> N
 
         states.on_queue_state_change, states.crucible_watched = on_queue_state_change, True
     holder: Any = getattr(client, "holder", None)
+    _hand_on(holder)
     retried: Callable[..., Awaitable[Any]] | None = getattr(holder, "execute_with_retries", None)
     if retried is None or getattr(holder, "crucible_watched", False):
         return
@@ -66,3 +68,26 @@ def watch(client: tinker.TrainingClient | tinker.SamplingClient, name: str) -> N
 
     holder.execute_with_retries = execute_with_retries
     holder.crucible_watched = True
+
+
+def _hand_on(holder: Any) -> None:
+    """Requests of the holder's HTTP clients name the span that is open where they were asked for; the SDK keeps the caller's context."""
+    clients: Callable[..., AbstractContextManager[Any]] | None = getattr(holder, "aclient", None)
+    if clients is None or hasattr(holder, "crucible_traced"):
+        return
+
+    @contextmanager
+    def aclient(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        with clients(*args, **kwargs) as client:
+            prepare = getattr(client, "_prepare_request", None)
+            if prepare is not None and not hasattr(client, "crucible_traced"):
+
+                async def prepared(request: Any) -> None:
+                    if header := events.traceparent():
+                        request.headers["traceparent"] = header
+                    await prepare(request)
+
+                client._prepare_request, client.crucible_traced = prepared, True
+            yield client
+
+    holder.aclient, holder.crucible_traced = aclient, True

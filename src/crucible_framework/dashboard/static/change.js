@@ -1,12 +1,13 @@
-// Stage and tags of a model version; only a dashboard that may write serves these forms.
+// Stage, tags and notes of a model version or a run; only a dashboard that may write serves these forms.
 const said = document.getElementById("said");
-const token = document.querySelector("meta[name=crucible-token]").content;
+const token = document.querySelector("meta[name=crucible-token]")?.content;
 
 for (const form of document.querySelectorAll("form[data-change]")) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const data = new FormData(form);
-    const body = form.dataset.change === "stage" ? { stage: data.get("stage") } : { tags: { [data.get("key")]: data.get("value") || null } };
+    const kind = form.dataset.change;
+    const body = kind === "tag" ? { tags: { [data.get("key")]: data.get("value") || null } } : { [kind]: data.get(kind) };
     try {
       const answer = await fetch(location.pathname, { method: "POST", headers: { "content-type": "application/json", "x-crucible-token": token }, body: JSON.stringify(body) });
       const text = await answer.text();

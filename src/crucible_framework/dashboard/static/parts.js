@@ -1,18 +1,19 @@
-// A page made of parts: when its files change, it is fetched again, and only parts that differ are put in place.
+// A page made of parts: when its files change, the server is told what is here and sends only the parts that differ.
 import { follow, live, parse } from "./page.js";
 
 const place = document.querySelector("[data-live]");
 
 async function refresh() {
-  const answer = await fetch(location.href);
+  const here = [...document.querySelectorAll("[data-part]")];
+  const address = new URL(location.href);
+  address.searchParams.set("known", here.map((one) => `${one.dataset.part}:${one.dataset.digest}`).join());
+  const answer = await fetch(address);
   if (!answer.ok) return;
-  const fresh = parse(await answer.text());
-  const parts = [...fresh.querySelectorAll("[data-part]")];
-  const here = [...document.querySelectorAll("[data-part]")].map((one) => one.dataset.part).join();
-  if (parts.map((one) => one.dataset.part).join() !== here) { location.reload(); return; }
-  for (const part of parts) {
-    const old = document.querySelector(`[data-part="${CSS.escape(part.dataset.part)}"]`);
-    if (old && old.innerHTML !== part.innerHTML && !old.contains(document.activeElement)) old.replaceWith(document.importNode(part, true));
+  const { order, parts } = await answer.json();
+  if (order.join() !== here.map((one) => one.dataset.part).join()) { location.reload(); return; }
+  for (const old of here) {
+    const fresh = parts[old.dataset.part];
+    if (fresh && !old.contains(document.activeElement)) old.replaceWith(document.importNode(parse(fresh).querySelector("[data-part]"), true));
   }
 }
 

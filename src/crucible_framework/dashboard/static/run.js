@@ -1,3 +1,4 @@
+import "./change.js";
 import { Chart } from "./chart.js";
 import { follow, json, live, make, parse } from "./page.js";
 
