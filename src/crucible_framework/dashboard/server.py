@@ -43,30 +43,32 @@ def _route(path: str, make: Callable[[Request], object], kind: str, headers: Map
     return Route(path, answer)
 
 
-def _routes(pages: Pages) -> list[object]:
-    from starlette.concurrency import run_in_threadpool
+def _stream(pages: Pages, path: str, make: Callable[[Request], AsyncIterator[bytes]]) -> Route:
     from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
 
-    def route(path: str, make: Callable[[Request], object], kind: str = "text/html", **headers: str) -> Route:
-        return _route(path, make, kind, headers)
+    async def answer(request: Request) -> Response:
+        if pages.streams >= _MOST_STREAMS:
+            return Response("Too many pages are open.", 503, media_type="text/plain")
+        return StreamingResponse(pages.counted(make(request)), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
-    def stream(path: str, make: Callable[[Request], AsyncIterator[bytes]]) -> Route:
-        async def answer(request: Request) -> Response:
-            if pages.streams >= _MOST_STREAMS:
-                return Response("Too many pages are open.", 503, media_type="text/plain")
-            return StreamingResponse(pages.counted(make(request)), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+    return Route(path, answer)
 
-        return Route(path, answer)
 
-    def growing(path: str, make: Callable[[Request], object]) -> Route:
-        """A page of parts. With `?known=` it gives only the parts that the browser has not."""
+def _growing(path: str, make: Callable[[Request], object]) -> Route:
+    """A page of parts. With `?known=` it gives only the parts that the browser has not."""
 
-        def answer(request: Request) -> object:
-            known = request.query_params.get("known")
-            return make(request) if known is None else (orjson.dumps(changed_parts(lambda: make(request), known)), "application/json")
+    def answer(request: Request) -> object:
+        known = request.query_params.get("known")
+        return make(request) if known is None else (orjson.dumps(changed_parts(lambda: make(request), known)), "application/json")
 
-        return route(path, answer)
+    return _route(path, answer, "text/html", {})
+
+
+def _posts(pages: Pages) -> list[object]:
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import Response
+    from starlette.routing import Route
 
     async def ask(request: Request) -> Response:
         answer = await run_in_threadpool(pages.ask, await request.body())
@@ -75,6 +77,17 @@ def _routes(pages: Pages) -> list[object]:
     async def change(request: Request) -> Response:
         answer = await run_in_threadpool(pages.change, request, await request.body())
         return Response(orjson.dumps(answer), media_type="application/json")
+
+    return [
+        Route("/playground/ask", ask, methods=["POST"]),
+        Route("/models/{name}/{version:int}", change, methods=["POST"]),
+        Route("/runs/{run}", change, methods=["POST"]),
+    ]
+
+
+def _routes(pages: Pages) -> list[object]:
+    def route(path: str, make: Callable[[Request], object], kind: str = "text/html", **headers: str) -> Route:
+        return _route(path, make, kind, headers)
 
     sandboxed = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a file that a run left: no script in any case
     return [
@@ -87,19 +100,17 @@ def _routes(pages: Pages) -> list[object]:
         route("/traces", pages.traces),
         route("/traces/outside", pages.trace),
         route("/traces/outside/trace.{suffix}", pages.trace_file, content_security_policy=sandboxed),
-        growing("/studies", pages.studies),
-        growing("/studies/{study}", pages.study),
+        _growing("/studies", pages.studies),
+        _growing("/studies/{study}", pages.study),
         route("/studies/{study}/report.html", pages.study_report, content_security_policy=sandboxed),
         route("/studies/{study}/plots/{file}", pages.study_plot),
-        growing("/ensembles", pages.votes),
+        _growing("/ensembles", pages.votes),
         route("/ensembles/plots/{file}", pages.vote_plot),
-        growing("/requests", pages.requests),
+        _growing("/requests", pages.requests),
         route("/requests/plots/{file}", pages.request_plot),
         route("/compare/plots/{file}", pages.compare_plot),
         route("/playground", pages.play),
-        Route("/playground/ask", ask, methods=["POST"]),
-        Route("/models/{name}/{version:int}", change, methods=["POST"]),
-        Route("/runs/{run}", change, methods=["POST"]),
+        *_posts(pages),
         route("/runs/{run}", pages.run),
         route("/runs/{run}/trace", pages.trace),
         route("/runs/{run}/trace.{suffix}", pages.trace_file, content_security_policy=sandboxed),
@@ -109,10 +120,10 @@ def _routes(pages: Pages) -> list[object]:
         route("/api/runs/{run}/charts", pages.charts, "application/json"),
         route("/runs/{run}/plots/{file}", pages.run_plot),
         route("/api/compare", pages.overlay, "application/json"),
-        stream("/api/runs/{run}/live", pages.run_events),
-        stream("/api/live", pages.table_events),
-        stream("/api/studies/{study}/live", pages.study_events),
-        stream("/api/asked/live", pages.asked_events),
+        _stream(pages, "/api/runs/{run}/live", pages.run_events),
+        _stream(pages, "/api/live", pages.table_events),
+        _stream(pages, "/api/studies/{study}/live", pages.study_events),
+        _stream(pages, "/api/asked/live", pages.asked_events),
         route("/static/{name}", pages.static, cache_control="no-cache"),
     ]
 

@@ -319,8 +319,7 @@ def run(
         LockedError: another process runs the study.
 
     Emits:
-        the span `experiment.run`, below which are the cells' own, also those of other processes; `experiment.started`, with a budget
-        `experiment.estimated`, `experiment.cell` for each that ends, `experiment.done`.
+        `experiment.run`, a span above the cells' own; `experiment.started`, `.estimated` with a budget, `.cell` for each that ends, `.done`.
     """
     if jobs < 0 or together < 1 or (together > 1 and not jobs) or executor not in ("local", "ray"):
         given = f"jobs is {jobs!r}, together {together!r} and executor {executor!r}"
