@@ -51,7 +51,8 @@ class TraceNode:
 
     def shown(self, key: str) -> str:
         """A field's value in one short line; "–" where there is none."""
-        return _line(_text(self.fields[key]), 80) if key in self.fields else "–"
+        value = self.fields.get(key)
+        return f"{value:.6g}" if isinstance(value, float) else _line(_text(value), 80) if key in self.fields else "–"
 
     def label(self, *, fields: bool = True) -> str:
         """The node in one line without control characters: its title, how long it took, and what else is known of it."""

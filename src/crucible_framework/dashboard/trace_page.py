@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..records import Json
 from ..reports import words
 from ..reports.markup import Markup, element, join, raw
 from ..reports.sources import as_list, as_text
@@ -36,7 +37,12 @@ def _decision(node: TraceNode, trace: Trace) -> Markup:
 
 
 def _fields(node: TraceNode) -> str:
-    return "  ".join(f"{key}={words.clip(words.setting(value), 80)}" for key, value in node.fields.items() if value not in ("", None))
+    return "  ".join(f"{key}={_short(value)}" for key, value in node.fields.items() if value not in ("", None))
+
+
+def _short(value: Json) -> str:
+    """A field's value; of a fraction six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else words.clip(words.setting(value), 80)
 
 
 def _bar(node: TraceNode, start: float, length: float) -> Markup:

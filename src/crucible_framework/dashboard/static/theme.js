@@ -10,6 +10,8 @@
   try { theme = localStorage.getItem("theme") || "auto"; } catch { /* storage may be switched off */ }
   apply(theme);
   document.addEventListener("DOMContentLoaded", () => {
+    const here = document.querySelector("header nav [aria-current=page]");
+    if (here) here.parentElement.scrollLeft = here.offsetLeft - (here.parentElement.clientWidth - here.offsetWidth) / 2; // the tabs scroll on a narrow screen
     const button = document.getElementById("theme");
     if (!button) return;
     const show = () => { button.textContent = `Theme: ${theme}`; };
