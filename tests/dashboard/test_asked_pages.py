@@ -238,7 +238,7 @@ def test_what_was_asked_outside_runs_has_a_trace(tmp_path: Path) -> None:
         ask_everything(tmp_path / "events.jsonl", questions=["first?"])
         client = Client(dashboard.url)
         assert 'href="/traces/outside"' in client.text("/traces")
-        assert "ensemble.vote" in client.text("/traces/outside")
+        assert "ensemble.request" in client.text("/traces/outside")
         assert client.text("/traces/outside/trace.mmd").startswith("flowchart")
         assert json.loads(client.text("/traces/outside/trace.json"))["prefix"]
 
