@@ -306,11 +306,18 @@ OPERATIONS: dict[str, tuple[Case, set[str]]] = {
     "Artifacts.download": (_download, {"artifact.stored"}),
     "Sampler.sample": (_asks(lambda sampler: sampler.sample("?", PARAMS).result()), {"inference.sample"}),
     "generate": (_asks(lambda sampler: cf.generate(sampler, "?", PARAMS)), {"inference.sample"}),
-    "Ensemble.ask, Ensemble.submit": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}).ask("?", PARAMS)), {"ensemble.vote", "inference.sample"}),
+    "Ensemble.ask, Ensemble.submit": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}).ask("?", PARAMS)),
+                                      {"ensemble.request", "ensemble.member", "ensemble.vote", "inference.sample"}),
     "Ensemble.sample": (_asks(lambda sampler: cf.Ensemble({"a": sampler}).sample("?", PARAMS).result()), {"ensemble.vote"}),
-    "HedgedSampler.sample, HedgedSampler.stream": (_asks(_late), {"hedge.fired", "hedge.ended"}),
+    "HedgedSampler.sample, HedgedSampler.stream": (_asks(_late), {"hedge.request", "hedge.leg", "hedge.fired", "hedge.ended"}),
     "HedgedSampler.sample, with no second call": (_asks(lambda sampler: cf.HedgedSampler([sampler], Never()).sample("?", PARAMS).result()), {"hedge.ended"}),
-    "RoutedSampler.sample": (_asks(lambda sampler: cf.RoutedSampler({"a": sampler}).sample("?", PARAMS).result()), {"route.chosen", "route.ended"}),
+    "RoutedSampler.sample": (
+        _asks(lambda sampler: cf.RoutedSampler({"a": sampler}).sample("?", PARAMS).result()), {"route.request", "route.chosen", "route.ended"},
+    ),
+    "RoutedSampler.stream": (
+        _asks(lambda sampler: cf.RoutedSampler({"a": sampler}).stream("?", PARAMS, lambda piece: None).result()),
+        {"route.request", "route.chosen", "route.ended", "inference.sample"},
+    ),
     "evaluate": (_asks(lambda sampler: cf.evaluate(sampler, make_dataset(), ["exact_match"], params=PARAMS)), {"evaluation.started", "evaluation.done"}),
     "attempt": (_asks(lambda sampler: attempt(sampler, make_dataset(), "exact_match", n=2, ks=(1,), params=PARAMS)), {"evaluation.done"}),
     "compare": (_judged, {"evaluation.compared"}),
@@ -395,8 +402,13 @@ def _emitted() -> set[str]:
     found: set[str] = set()
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and node.args and (getattr(node.func, "attr", "") or getattr(node.func, "id", "")) in ("emit", "span", "tell"):
-                found |= {part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+            if not isinstance(node, ast.Call):
+                continue
+            place = {**dict.fromkeys(("emit", "span", "tell", "opened", "past", "OpenSpan"), 0), "linked": 1}.get(
+                getattr(node.func, "attr", "") or getattr(node.func, "id", "")
+            )
+            if place is not None and len(node.args) > place:
+                found |= {part.value for part in ast.walk(node.args[place]) if isinstance(part, ast.Constant) and isinstance(part.value, str)}
     return {name for name in found if re.fullmatch(r"[a-z]+\.[a-z_]+", name)}
 
 
