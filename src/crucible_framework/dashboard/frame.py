@@ -97,7 +97,7 @@ def changed_parts(make: Callable[[], object], known: str) -> dict[str, object]:
         make()
     finally:
         _drawn.reset(token)
-    have = dict(one.rpartition(":")[::2] for one in known.split(","))
+    have = {key: digest for key, _, digest in (one.rpartition(":") for one in known.split(","))}
     return {"order": list(drawn), "parts": {key: made for key, (digest, made) in drawn.items() if have.get(key) != digest}}
 
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, *, modules: bool = True) -> n
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    theirs = LlamaConfig(**given)
+    theirs = LlamaConfig.from_dict(dict[str, Any](given))
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(theirs)
     model.load_state_dict(state, assign=True)
