@@ -207,8 +207,7 @@ def _late(sampler: cf.Sampler) -> None:
     """The second call is fired at once, since the first may take no time at all."""
     del sampler
     clock = VirtualClock()
-    legs = [Timed(clock, after_s=(9.0,)), Timed(clock)]
-    future = cf.HedgedSampler(legs, Fixed(0.1), budget=1.0, clock=clock).sample("?", PARAMS)
+    future = cf.HedgedSampler([Timed(clock, after_s=(9.0,)), Timed(clock)], Fixed(0.1), budget=1.0, clock=clock).sample("?", PARAMS)
     clock.advance(5.0)
     future.result()
 
@@ -237,11 +236,8 @@ def _report(at: At) -> Iterator[None]:
 
 def _serve(at: At) -> Iterator[None]:
     yield
-    with (
-        serve(at.backend, ServeConfig(folder=at.folder / "serve", port=0, models=("tiny",))) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
-    ):
-        client.headers["X-API-Key"] = "any"
+    config = ServeConfig(folder=at.folder / "serve", port=0, models=("tiny",))
+    with serve(at.backend, config) as server, httpx.Client(base_url=server.url, timeout=60, headers={"X-API-Key": "any"}) as client:
         made = client.post("/api/v1/create_session", json={"tags": [], "sdk_version": "0.38.0", "user_metadata": None}).json()["session_id"]
         client.post("/v1/completions", json={"model": "tiny", "prompt": "hello", "max_tokens": 2}).raise_for_status()
         client.post(f"/api/v1/sessions/{made}/finish", json={})
