@@ -32,7 +32,8 @@ def test_every_cell_is_run_once_and_a_second_call_runs_nothing(experiment: Exper
     assert study.finished
     assert not study.stopped
     assert told[-1] == (5, 5), "four cells and one base for all of them"
-    assert [one["name"] for one in events if str(one["name"]).startswith("experiment.")] == ["experiment.started", *["experiment.cell"] * 5, "experiment.done"]
+    names = [one["name"] for one in events if str(one["name"]).startswith("experiment.")]
+    assert names == ["experiment.started", *["experiment.cell"] * 5, "experiment.done", "experiment.run"]
     for cell in study.cells:
         assert cell.status == "done"
         assert cell.evaluation is not None

@@ -99,7 +99,7 @@ def test_expired_checkpoints_are_gone(raw: Raw) -> None:
     raw.result(raw.post("save_weights", {"model_id": model, "path": "short", "seq_id": 1, "ttl_seconds": 3600}).json()["request_id"])
     base = f"/api/v1/training_runs/{model}/checkpoints/weights/short"
     assert raw.http.put(f"{base}/ttl", json={"ttl_seconds": -1}).status_code == 400
-    assert raw.http.put(f"{base}/ttl", json={"ttl_seconds": 0.01}).status_code == 204
+    assert raw.http.put(f"{base}/ttl", json={"ttl_seconds": 1e-6}).status_code == 204
     assert raw.http.put(f"{base}/ttl", json={"ttl_seconds": None}).status_code == 404
     assert raw.get(f"training_runs/{model}/checkpoints").json()["checkpoints"] == []
     for limit in ("-1", "x", "99999999999"):
