@@ -9,7 +9,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -19,7 +19,7 @@ from crucible_framework.dashboard.asked import AskedEvents
 from crucible_framework.dashboard.figures import plot_csv, plot_svg, plots_in, section
 from crucible_framework.experiments import study_overview
 from crucible_framework.inference.telling import prompt_digest
-from crucible_framework.reports.parts import Point, Ranks, Scatter, Section, Table
+from crucible_framework.reports.parts import LineChart, Point, Ranks, Scatter, Section, Series, Table
 from crucible_framework.store import Tracker
 
 from .asked import ask_everything
@@ -264,3 +264,14 @@ def test_every_state_of_a_cell_has_a_colour() -> None:
     style = (Path(studies_page.__file__).parent / "static" / "app.css").read_text()
     for state in studies_page._STATES:
         assert re.search(rf"\.bar-{state}\b", style), state
+
+
+def test_curves_of_equal_weight_have_colours_of_their_own_in_a_downloaded_plot() -> None:
+    roles: tuple[Literal["hue0", "hue1", "hue2"], ...] = ("hue0", "hue1", "hue2")
+    series = tuple(Series(name=role, x=(0.0, 1.0), y=(0.0, 1.0), role=role) for role in roles)
+    table = Table(title="t", columns=("a",), rows=(), source="")
+    drawn = plot_svg(LineChart(title="t", x_label="x", y_label="y", series=series, source="", values=table), "t")
+    style = dict(re.findall(r"\.curve\.(hue\d)[^{]*\{stroke:(#\w+)", drawn))
+    legend = re.findall(r'stroke="(#\w+)"', drawn)
+    assert legend == [style["hue0"], style["hue1"], style["hue2"]]
+    assert len(set(legend)) == 3

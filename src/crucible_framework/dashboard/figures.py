@@ -30,11 +30,13 @@ _STYLE = (
     ".curve.held_out{stroke:#2c6a45;stroke-width:1.5;stroke-dasharray:5 4}.mark{fill:#1f1d1a}.mark.held_out{fill:#2c6a45}"
     ".front{fill:none;stroke:#b0451b;stroke-dasharray:3 4}.dot.best{fill:#b0451b}.bar{stroke:#1f1d1a;stroke-width:4}.branch{stroke:#a29c92}"
     ".cell.none{fill:none;stroke:#dcd8cf}.cell.beyond{fill:#b03060}.cell.below{fill:#2f6690}.sign{fill:#fff;font-size:9px}.in.pale{fill:#1f1d1a}.in.dark{fill:#fff}"
-    + "".join(f".curve.c{i},.whisker.c{i}{{stroke:{c};stroke-width:2}}.mark.c{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS))
+    + "".join(f".curve.c{i},.curve.hue{i},.whisker.c{i}{{stroke:{c};stroke-width:2}}.mark.c{i}{{fill:{c}}}" for i, c in enumerate(_COLOURS))
     + "".join(f".cell.h{i}{{fill:{c}}}" for i, c in enumerate(_HEAT))
 )
 _LEGEND_ROW = 20.0
-_DRAWN: Mapping[str, str] = {"raw": "#56657a", "smooth": "#b0451b", "held_out": "#2c6a45", "points": "#1f1d1a"}
+_DRAWN: Mapping[str, str] = {"raw": "#56657a", "smooth": "#b0451b", "held_out": "#2c6a45", "points": "#1f1d1a"} | {
+    f"hue{i}": colour for i, colour in enumerate(_COLOURS)
+}
 
 
 def drawing(plot: Plot, key: str) -> Markup:
