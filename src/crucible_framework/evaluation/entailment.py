@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -200,22 +199,6 @@ def label_order(id2label: dict[int, str], name: str = "model") -> tuple[int, int
     return found[0], found[1], found[2]
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers prints no progress bars and no loading report inside the block (an encoder without its head is what is wanted here)."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
 class _Model:
     """A Hugging Face encoder with its tokenizer, by hub name or folder."""
 
@@ -224,10 +207,12 @@ class _Model:
             import transformers
         except ImportError as error:
             raise ConfigError(f"The model {str(name)!r} needs transformers and torch. Install crucible-framework[local].") from error
+        from ..backends.local.loading import quiet  # an encoder without its head is what is wanted here: no report of it
+
         self.name, self.max_length = str(name), max_length
         local = places().offline or Path(name).is_dir()
         try:
-            with _quiet():
+            with quiet():
                 self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.name, local_files_only=local)
                 self.model = getattr(transformers, head).from_pretrained(self.name, local_files_only=local, use_safetensors=True).eval()
         except (OSError, ValueError) as error:

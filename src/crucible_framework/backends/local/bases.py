@@ -29,6 +29,7 @@ from .layout import TOKENS_PER_SLICE, Pass
 from .loading import TINY_CONTEXT, head_name, hidden_by_modules, probe, read_folder, tiny_model
 from .lora import Slot, install
 from .sizes import ITEM_BYTES, check_memory, fitting_dtype, room_to_pack, weights_in
+from .skeleton import FAMILIES
 from .walks import Span, Walks
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Base:
         """Whether `hidden` may be given a 4-D mask: plain attention in every layer, as in the Llama and Qwen families."""
         config = self.model.config
         kind, window = getattr(config, "model_type", ""), getattr(config, "use_sliding_window", getattr(config, "sliding_window", None))
-        return kind in ("llama", "qwen2", "qwen3") and not window
+        return kind in FAMILIES and not window
 
     def hidden(
         self, ids: Tensor, cache: Cache | None = None, *, mask: Tensor | None = None, places: Tensor | None = None, spans: tuple[Span, ...] | None = None

@@ -95,12 +95,10 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
+    from .loading import quiet
+
+    with quiet():
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar cannot be switched off
             model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
         if hasattr(model.config, "quantization_config"):
@@ -110,7 +108,3 @@ def _convert(gguf: Path, target: Path) -> None:
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(str(target))
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True).save_pretrained(str(target))
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

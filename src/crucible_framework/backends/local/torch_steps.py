@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ class TorchSteps:
 
     def __init__(self, base: Base) -> None:
         self._base, self.joins = base, base.decoder is not None
-        config = base.model.config
-        self._layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        config = cast("Any", base.model.config)
+        self._layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
         self._heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        self._size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)  # type: ignore[union-attr, operator]
+        self._size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
     def pages(self, limit: int) -> Pages:
         """See `Steps`: per layer and page [keys and values, heads, 16, size]."""
