@@ -69,23 +69,8 @@ class Race:
     """
 
     __slots__ = (
-        "base",
-        "errors",
-        "fallback",
-        "hedged",
-        "leader",
-        "legs",
-        "lock",
-        "n",
-        "on_piece",
-        "over",
-        "params",
-        "promise",
-        "prompt",
-        "span",
-        "start_s",
-        "terms",
-        "timer",
+        "base", "errors", "fallback", "hedged", "leader", "legs", "lock", "n", "on_piece", "over", "params", "promise", "prompt", "span", "start_s",
+        "terms", "timer",
     )  # fmt: skip
 
     def __init__(self, terms: Terms, prompt: Prompt, params: SamplingParams, n: int, *, base: int, hedged: bool, on_piece: OnPiece | None = None) -> None:
