@@ -104,7 +104,7 @@ static void attend(const Pages& pages, int layer, const int32_t* table, int head
         for (int j = 0; j < (int)stride; j += 16) store(row + j, j < n ? load(row + j) * inverse : Vec{});
     }
     for (int from = 0; from < pages.room;) {
-        if (from + 64 <= pages.room) mixed<T, 4>(pages, layer, table, head, from, longest, p.data(), to, count), from += 64;
+        if (LANES == 16 && from + 64 <= pages.room) mixed<T, 4>(pages, layer, table, head, from, longest, p.data(), to, count), from += 64;
         else mixed<T, 1>(pages, layer, table, head, from, longest, p.data(), to, count), from += 16;
     }
 }

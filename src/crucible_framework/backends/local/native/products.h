@@ -19,13 +19,14 @@ struct Matrix {
     int32_t outputs, inputs, kind;
 };
 
-enum Way { PLAIN, DOTS, TILES };  // fp32 vectors, AVX-512's bf16 dot products, AMX tiles
+enum Way { PLAIN, COLUMNS, DOTS, TILES };  // fp32 vectors, the same with 16 rows beside each other, AVX-512's bf16 dot products, AMX tiles
 
 // Rows of activations in the form that the way of multiplying reads.
 struct Rows {
     Way way = PLAIN;
     int count = 0, width = 0;
     std::vector<float> plain;      // [count][width]
+    std::vector<float> columns;    // [count / 16][width][16]
     std::vector<uint16_t> halves;  // [count][width]
     std::vector<uint32_t> pairs;   // [count / 16][width / 2][16]: what an AMX tile reads
     // For int8 weights on AMX: x = step (256 high + low - 32768), which is finer than bf16, so that products are exact whole numbers.
@@ -36,8 +37,9 @@ struct Rows {
     void set(Way w, int c, int k, bool b, bool a) {
         way = w, count = c, width = k, bytes = b, adapted = a;
         size_t n = (size_t)((c + 15) / 16 * 16) * (k + 32);
-        if (way == PLAIN && plain.size() < n) plain.resize(n);
-        if (way != PLAIN && halves.size() < n) halves.resize(n);
+        if (way <= COLUMNS && plain.size() < n) plain.resize(n);
+        if (way == COLUMNS && columns.size() < n) columns.resize(n);
+        if (way > COLUMNS && halves.size() < n) halves.resize(n);
         if (way == TILES && pairs.size() < n / 2) pairs.resize(n / 2);
         if (bytes && high.size() < n) high.resize(n), low.resize(n), high_quads.resize(n / 4 + 1), low_quads.resize(n / 4 + 1);
         if (bytes && step.size() < n / k) step.resize(n / k + 16);
@@ -45,10 +47,10 @@ struct Rows {
     // Takes one row; `round` to bf16 where weights are.
     void put(int row, const float* x, bool round) {
         int k = 0;
-        if (way == PLAIN) {
+        if (way <= COLUMNS) {
             float* to = &plain[(size_t)row * width];
             if (!round) { memcpy(to, x, width * sizeof(float)); return; }
-            for (; k + 16 <= width; k += 16) store(to + k, (Vec)(rounded(load(x + k)) << 16));
+            for (; k + 16 <= width; k += 16) store(to + k, halved(load(x + k)));
             for (; k < width; k++) to[k] = number(rounded(x[k]));
             return;
         }
@@ -59,7 +61,8 @@ struct Rows {
         for (; k < width; k++) to[k] = rounded(x[k]);
     }
     void quantise(int row, const float* x);
-    void pack(int block);
+    bool blocks() const { return way == COLUMNS || way == TILES; }
+    void pack(int block);  // what `blocks` ways read of 16 rows that were put
 };
 
 #ifdef HAVE_AMX
@@ -114,7 +117,13 @@ static inline void packed(const uint32_t* from, uint32_t* to, int block, int cou
 #endif
 
 inline void Rows::pack(int block) {
-    (void)block;
+    if (way == COLUMNS) {
+        const float* from = &plain[(size_t)block * 16 * width];
+        float* to = &columns[(size_t)block * 16 * width];
+        const int here = std::min(16, count - block * 16);
+        for (int k = 0; k < width; k++, to += 16)
+            for (int i = 0; i < 16; i++) to[i] = i < here ? from[(size_t)i * width + k] : 0.0f;
+    }
 #ifdef HAVE_AMX
     if (bytes) {
         packed((const uint32_t*)high.data(), high_quads.data(), block, count, width / 4);
@@ -125,6 +134,8 @@ inline void Rows::pack(int block) {
 }
 
 inline void Rows::quantise(int row, const float* x) {
+    (void)row, (void)x;
+#ifdef HAVE_AMX
     Vec top = {}, zero = {};
     for (int k = 0; k < width; k += 16) top = larger(top, larger(load(x + k), -load(x + k))), zero += load(x + k) * 0.0f;
     const float most = std::max(highest(top), 1e-30f);
@@ -133,15 +144,16 @@ inline void Rows::quantise(int row, const float* x) {
     uint8_t *h = &high[(size_t)row * width], *l = &low[(size_t)row * width];
     typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
     for (int k = 0; k < width; k += 16) {
-        UVec q = (UVec)__builtin_convertvector(load(x + k) * inverse + 32768.5f, IVec);  // rounded: all are positive
+        ULane q = (ULane)__builtin_convertvector(load(x + k) * inverse + 32768.5f, ILane);  // rounded: all are positive
         *(Bytes*)(h + k) = __builtin_convertvector(q >> 8, Bytes);
         *(Bytes*)(l + k) = __builtin_convertvector(q & 255, Bytes);
     }
+#endif
 }
 
 // ------------------------------------------------------------------------------------------------------------ vectors
 // The sums of O vectors for each of R rows.
-template <int O, int R> static inline void sums(const Vec (&acc)[O][R], float* c, int stride) {
+template <int O, int R, class V> static inline void sums(const V (&acc)[O][R], float* c, int stride) {
 #if defined(__AVX512F__)
     for (int r = 0; r < R; r++)
         for (int o = 0; o < O; o += 4) {
@@ -159,13 +171,18 @@ template <int O, int R> static inline void sums(const Vec (&acc)[O][R], float* c
 }
 
 template <class W, int O, int R> static inline void dots_plain(const W* const* w, const float* x, int width, float* c, int stride) {
-    Vec acc[O][R] = {};
+    Lane acc[O][R] = {};
     int k = 0;
-    for (; k + 16 <= width; k += 16) {
-        Vec v[R];
-        for (int r = 0; r < R; r++) v[r] = load(x + (size_t)r * width + k);
+    // Rows of a few hundred bytes end before the processor has seen where they lead, so the rows after the next ones are asked for.
+    const char* ahead = (const char*)(w[0] + (size_t)2 * O * width);
+    for (; k + LANES <= width; k += LANES) {
+        if (sizeof(W) < 4)
+            for (size_t i = 0; i < O * LANES * sizeof(W); i += 64) __builtin_prefetch(ahead + i);
+        ahead += O * LANES * sizeof(W);
+        Lane v[R];
+        for (int r = 0; r < R; r++) v[r] = lane(x + (size_t)r * width + k);
         for (int o = 0; o < O; o++) {
-            Vec one = load(w[o] + k);
+            Lane one = lane(w[o] + k);
             for (int r = 0; r < R; r++) acc[o][r] += one * v[r];
         }
     }
@@ -174,6 +191,36 @@ template <class W, int O, int R> static inline void dots_plain(const W* const* w
         for (int o = 0; o < O; o++)
             for (int r = 0; r < R; r++) c[r * stride + o] += number(w[o][j]) * x[(size_t)r * width + j];
 }
+
+#if !defined(__AVX512F__)
+// c[16 rows or 8 of them][O outputs]: each weight is multiplied with the rows that stand beside each other.
+template <int O, int V> static inline void outer(const float* const* w, const float* x, int width, float* c, int stride) {
+    Lane acc[O][V] = {};
+    for (int k = 0; k < width; k++, x += 16) {
+        Lane v[V];
+        for (int i = 0; i < V; i++) v[i] = *(const Lane*)(x + i * LANES);
+        for (int o = 0; o < O; o++)
+            for (int i = 0; i < V; i++) acc[o][i] += v[i] * w[o][k];
+    }
+    for (int i = 0; i < V; i++)
+        for (int r = 0; r < 8; r++)
+            for (int o = 0; o < O; o++) c[(i * 8 + r) * stride + o] = acc[o][i][r];
+}
+static void by_columns(const float* const* w, const Rows& rows, int from, int to, float* c, int stride) {
+    const int width = rows.width;
+    for (int r = from / 8 * 8; r < to;) {
+        const float* x = &rows.columns[(size_t)(r / 16) * 16 * width + r % 16];
+        float* at = c + (size_t)r * stride;
+        if (r % 16 == 0 && r + 8 < to) {
+            outer<6, 2>(w, x, width, at, stride), outer<5, 2>(w + 6, x, width, at + 6, stride), outer<5, 2>(w + 11, x, width, at + 11, stride);
+            r += 16;
+        } else {
+            outer<8, 1>(w, x, width, at, stride), outer<8, 1>(w + 8, x, width, at + 8, stride);
+            r += 8;
+        }
+    }
+}
+#endif
 
 #ifdef HAVE_BF16
 static inline __m512bh halves(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
@@ -214,8 +261,9 @@ template <class W> static void by_vectors(const W* const* w, const Rows& rows, i
         }
 #endif
     const float* x = rows.plain.data();
-    for (; r + 4 <= to; r += 4)
-        for (int o = 0; o < 16; o += 4) dots_plain<W, 4, 4>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
+    constexpr int R = LANES == 16 ? 4 : 2;
+    for (; r + R <= to; r += R)
+        for (int o = 0; o < 16; o += 4) dots_plain<W, 4, R>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
     for (; r < to; r++)
         for (int o = 0; o < 16; o += 8) dots_plain<W, 8, 1>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
 }
@@ -224,6 +272,7 @@ template <class W> static void by_vectors(const W* const* w, const Rows& rows, i
 struct Scratch {
     std::vector<float> c;           // [rows][32]
     std::vector<uint16_t> panel;    // [32][inputs]
+    std::vector<float> wide;        // [32][inputs]
     std::vector<float> scores;
     std::vector<float*> rows, at;
 };
@@ -322,6 +371,22 @@ template <class W> static void product(const Matrix& m, int first, int second, c
             return;
         }
 #endif
+#if !defined(__AVX512F__)
+    if (rows.way == COLUMNS) {
+        const float* wide[32];
+        for (int i = 0; i < 32; i++) {
+            if constexpr (sizeof(W) == 4) wide[i] = w[i];
+            else {
+                float* to_wide = &scratch.wide[(size_t)i * m.inputs];
+                for (int k = 0; k < m.inputs; k++) to_wide[k] = number(w[i][k]);
+                wide[i] = to_wide;
+            }
+        }
+        by_columns(wide, rows, from, to, c, 32);
+        by_columns(wide + 16, rows, from, to, c + 16, 32);
+        return;
+    }
+#endif
     by_vectors<W>(w, rows, from, to, c, 32);
     by_vectors<W>(w + 16, rows, from, to, c + 16, 32);
 }
@@ -336,14 +401,15 @@ static void product(const Matrix& m, int first, int second, const Rows& rows, in
 static bool by_bytes_too(const Matrix& m, Way way) { return m.kind == INT8 && way == TILES && m.inputs % 64 == 0 && m.outputs % 32 == 0; }
 
 static Way way_of(int kind, int rows, int width) {
-    (void)rows, (void)width;
-    if (kind == FLOAT32) return PLAIN;
+    const Way plain = LANES < 16 && rows > 4 ? COLUMNS : PLAIN;  // with 32 long registers nothing is gained by columns
+    if (kind == FLOAT32) return plain;
 #ifdef HAVE_AMX
     if (width % 32 == 0 && allow_tiles()) return TILES;
 #endif
+    (void)width;
 #ifdef HAVE_BF16
     return DOTS;
 #else
-    return PLAIN;
+    return plain;
 #endif
 }

@@ -80,7 +80,7 @@ class Engine {
         int widest = std::max({model_.width, model_.inner, model_.queries * model_.size});
         for (auto& one : scratch_) {
             grow(one.c, (size_t)t * 32);
-            if (one.panel.size() < (size_t)32 * (widest + 32)) one.panel.resize((size_t)32 * (widest + 32));
+            if (one.panel.size() < (size_t)32 * (widest + 32)) one.panel.resize((size_t)32 * (widest + 32)), one.wide.resize((size_t)32 * (widest + 32));
         }
         pieces_.clear();
         const int shared = model_.queries / model_.keys, many = std::max(1, 12 / shared);
@@ -140,8 +140,7 @@ class Engine {
             rows_.set(way, count, width, by_bytes_too(matrix, way), adapted_);
         }
         team_.meet();
-        const bool tiles = rows_.way == TILES;
-        const int each = tiles ? 16 : 1;
+        const int each = rows_.blocks() ? 16 : 1;
         std::vector<float>& normed = buffer();
         normed.resize(width);
         for (int p; (p = team_.next()) * each < count;) {
@@ -160,7 +159,7 @@ class Engine {
                 }
                 rows_.put(row, from, matrix.kind != FLOAT32);
             }
-            if (tiles) rows_.pack(p);
+            if (rows_.blocks()) rows_.pack(p);
         }
         team_.meet();
     }

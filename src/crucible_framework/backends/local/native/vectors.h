@@ -10,25 +10,23 @@
 #include <mutex>
 #include <thread>
 #include <vector>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-// GCC's and clang's portable vectors: one AVX-512 register, two of AVX2, four of NEON.
-typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t IVec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t UVec __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t HVec __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t BVec __attribute__((vector_size(16), aligned(1), may_alias));
+// GCC's and clang's portable vectors of one register: a longer one would be kept in memory. AVX-512 has 16 numbers, AVX2 (or two of NEON) 8.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Lane __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ILane __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t ULane __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t HLane __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t BLane __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
-
-static inline Vec load(const float* p) { return *(const Vec*)p; }
-static inline Vec load(const uint16_t* p) { return (Vec)(__builtin_convertvector(*(const HVec*)p, UVec) << 16); }
-static inline Vec load(const int8_t* p) { return __builtin_convertvector(__builtin_convertvector(*(const BVec*)p, IVec), Vec); }
-static inline void store(float* p, Vec v) { *(Vec*)p = v; }
-static inline Vec all(float x) { return Vec{} + x; }
-static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 static inline float number(float x) { return x; }
 static inline float number(int8_t x) { return x; }
@@ -43,44 +41,83 @@ static inline uint16_t rounded(float x) {  // to the nearest bfloat16, ties to e
     memcpy(&bits, &x, 4);
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-static inline UVec rounded(Vec x) {
-    UVec bits = (UVec)x;
+
+static inline Lane lane(const float* p) { return *(const Lane*)p; }
+static inline Lane lane(const uint16_t* p) { return (Lane)(__builtin_convertvector(*(const HLane*)p, ULane) << 16); }
+static inline Lane lane(const int8_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Lane)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const BLane*)p, ILane), Lane);
+#endif
+}
+static inline ULane rounded(Lane x) {
+    ULane bits = (ULane)x;
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
-static inline void store(uint16_t* p, Vec v) { *(HVec*)p = __builtin_convertvector(rounded(v), HVec); }
-
-static inline float sum(Vec v) {
+static inline void store(float* p, Lane v) { *(Lane*)p = v; }
+static inline void store(uint16_t* p, Lane v) { *(HLane*)p = __builtin_convertvector(rounded(v), HLane); }
+static inline Lane halved(Lane v) { return (Lane)(rounded(v) << 16); }  // through bfloat16
+static inline Lane larger(Lane a, Lane b) { return a > b ? a : b; }
+static inline float sum(Lane v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
 #else
-    float result = 0;
-    for (int i = 0; i < 16; i++) result += v[i];
-    return result;
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 #endif
 }
-static inline float highest(Vec v) {
+static inline float highest(Lane v) {
     float result = v[0];
-    for (int i = 1; i < 16; i++) result = std::max(result, v[i]);
+    for (int i = 1; i < LANES; i++) result = std::max(result, v[i]);
     return result;
 }
 
 // exp to about 2 ulp, 0 below the smallest normal number. Source: Cephes' expf.
-static inline Vec exp16(Vec given) {
-    Vec x = given < -87.3f ? all(-87.3f) : given;  // a NaN stays one
-    x = x > 88.3f ? all(88.3f) : x;
+static inline Lane exp16(Lane given) {
+    const Lane lowest = Lane{} - 87.3f, most = Lane{} + 88.3f;
+    Lane x = given < lowest ? lowest : given;  // a NaN stays one
+    x = x > most ? most : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    Vec n = (x * 1.44269504088896341f + magic) - magic;
-    Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vec p = all(1.9875691500e-4f);
+    Lane n = (x * 1.44269504088896341f + magic) - magic;
+    Lane r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Lane p = Lane{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    IVec power = (__builtin_convertvector(n, IVec) + 127) << 23;
-    return given < -87.3f ? Vec{} : p * (Vec)power;
+    ILane power = (__builtin_convertvector(n, ILane) + 127) << 23;
+    return given < lowest ? Lane{} : p * (Lane)power;
 }
+
+// 16 numbers: one register, or two.
+#if defined(__AVX512F__)
+typedef Lane Vec;
+template <class T> static inline Vec load(const T* p) { return lane(p); }
+static inline Vec all(float x) { return Vec{} + x; }
+#else
+struct Vec {
+    Lane a{}, b{};
+    float operator[](int i) const { return i < 8 ? a[i] : b[i - 8]; }
+};
+template <class T> static inline Vec load(const T* p) { return {lane(p), lane(p + 8)}; }
+template <class T> static inline void store(T* p, const Vec& v) { store(p, v.a), store(p + 8, v.b); }
+static inline Vec all(float x) { return {Lane{} + x, Lane{} + x}; }
+static inline Vec operator-(const Vec& v) { return {-v.a, -v.b}; }
+#define CRUCIBLE_VEC(op)                                                                              \
+    static inline Vec operator op(const Vec& u, const Vec& v) { return {u.a op v.a, u.b op v.b}; }    \
+    static inline Vec operator op(const Vec& u, float x) { return {u.a op x, u.b op x}; }             \
+    static inline Vec operator op(float x, const Vec& v) { return {x op v.a, x op v.b}; }
+CRUCIBLE_VEC(+) CRUCIBLE_VEC(-) CRUCIBLE_VEC(*) CRUCIBLE_VEC(/)
+template <class T> static inline Vec& operator+=(Vec& u, const T& v) { return u = u + v; }
+template <class T> static inline Vec& operator*=(Vec& u, const T& v) { return u = u * v; }
+static inline Vec larger(const Vec& u, const Vec& v) { return {larger(u.a, v.a), larger(u.b, v.b)}; }
+static inline Vec halved(const Vec& v) { return {halved(v.a), halved(v.b)}; }
+static inline Vec exp16(const Vec& v) { return {exp16(v.a), exp16(v.b)}; }
+static inline float sum(const Vec& v) { return sum(v.a + v.b); }
+static inline float highest(const Vec& v) { return highest(larger(v.a, v.b)); }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------- threads
 // `run` gives a function to all threads. Inside it `meet` waits for all, and `next` hands out the pieces of a phase one by one, so that
