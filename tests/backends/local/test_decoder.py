@@ -142,7 +142,7 @@ def test_second_passes_and_recomputed_layers_change_nothing(pair: tuple[Base, Ba
     assert fast.decoder is not None
     monkeypatch.setattr(fast.decoder, "recompute_above", 0)
     check(evaluated(fast, given, dropout=dropout), expected)
-    check(evaluated(replace(fast, limit=16), given), evaluated(fast, given))
+    check(evaluated(replace(fast, limit=16, keeps=16), given), evaluated(fast, given))
 
 
 def test_masks_places_and_caches(pair: tuple[Base, Base]) -> None:

@@ -120,7 +120,7 @@ def test_two_passes_give_the_numbers_of_one(backend: LocalBackend, monkeypatch: 
     last: tuple[tuple[float, float], dict[str, Tensor]] = ((0.0, 0.0), {})
     for limit in (2048, 20):
         base = backend._base("tiny")
-        monkeypatch.setitem(backend._bases, "tiny", replace(base, limit=limit))
+        monkeypatch.setitem(backend._bases, "tiny", replace(base, limit=limit, keeps=limit))
         monkeypatch.setattr(engine, "lay_out", small_passes)
         session = backend.train("tiny", replace(LORA, dropout=dropout))
         for step in range(2):

@@ -65,7 +65,8 @@ class LocalBackend:
         engine: "fast" runs the Llama, Qwen2 and Qwen3 families through a decoder of our own, with kernels that are compiled at first use where
             there is a C++ compiler; "torch" leaves these out; "plain" runs all through transformers' modules. Their numbers agree to rounding.
         activations_bytes: what a training pass may keep beside the weights; batches go through the model in passes that fit, and a sequence that does
-            not fit alone keeps little and computes the rest again. None: passes of 2,048 tokens.
+            not fit alone keeps little and computes the rest again. None: passes of 2,048 tokens, and 4,096 tokens before
+            anything is computed again.
         share_passes: whether batches of at most 100 tokens of several sessions that wait together are trained in one pass: faster, and equal to
             rounding only, so that two runs need not give the same bits.
 

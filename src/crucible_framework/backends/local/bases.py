@@ -72,6 +72,7 @@ class Base:
         context: the most tokens that it reads.
         vocab_size: rows of its embedding; the tokenizer may have fewer.
         limit: tokens that go through the model together in training.
+        keeps: tokens of a batch up to which activations wait for the loss; a longer batch goes through the model again for its gradient.
         native: where compiled code is kept; None where none may be used.
     """
 
@@ -87,6 +88,7 @@ class Base:
     device: torch.device
     decoder: Decoder | None = None
     limit: int = TOKENS_PER_SLICE
+    keeps: int = TOKENS_PER_SLICE
     native: Path | None = None
 
     @property
@@ -199,7 +201,7 @@ def load_base(
         dtype: of the weights; None: bfloat16 on a GPU and, for models of `SMALL` weights and more, on a processor that is fast at it; else float32.
         device: where they are put.
         engine: "fast" and "torch" take our own decoder for the families that it covers, "fast" with C++ that is compiled for this processor.
-        activations_bytes: what a training pass may keep beside the weights; None: 2,048 tokens, whatever they take.
+        activations_bytes: what a training pass may keep beside the weights; None: 4,096 tokens, whatever they take.
 
     Raises:
         UnknownNameError: a short name that is none of ours.
@@ -218,10 +220,11 @@ def load_base(
         walks = Walks(native)
         decoder = Decoder.of(model, head, slot, pack=room_to_pack(layers, kind), walks=walks) if engine != "plain" else None
         config, limit = cast("_Config", model.config), TOKENS_PER_SLICE
+        keeps = limit if decoder is None else decoder.recompute_above
         if activations_bytes is not None:
             if decoder is None:
                 raise ConfigError(f"activations_bytes works with our own decoder, which does not cover {name!r} (or engine='plain'). Leave it out.")
-            limit = decoder.fit(activations_bytes, TOKENS_PER_SLICE)
+            limit = keeps = decoder.fit(activations_bytes, TOKENS_PER_SLICE)
         context = int(getattr(config, "max_position_embeddings", 0) or TINY_CONTEXT)
         opened.set(parameters=sum(p.numel() for p in model.parameters()), dtype=str(kind).removeprefix("torch."))
         opened.set(engine="plain" if decoder is None else "fast" if walks.compiled else "torch")
@@ -238,6 +241,7 @@ def load_base(
             device=device,
             decoder=decoder,
             limit=limit,
+            keeps=keeps,
             native=native,
         )
 

@@ -31,7 +31,7 @@ __all__ = ["Decoder", "Joint", "Parts"]
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions that do not change with the length of what is read."""
 RECOMPUTE_ABOVE = 4096
-"""Tokens of one pass above which a layer's inner activations are computed again instead of kept, where no budget says otherwise."""
+"""Tokens above which activations are computed again instead of kept, where no budget says otherwise: of one pass in each layer, of a batch by a second pass."""
 FEWEST = 256
 """Tokens of a pass below which products are slow; a budget for less is met by computing again."""
 

@@ -22,7 +22,7 @@ from .walks import Span
 __all__ = ["TOKENS_PER_SLICE", "Pass", "joined", "lay_out", "padded", "slices"]
 
 TOKENS_PER_SLICE = 2048
-"""Tokens, padding included, that go through the model together, and tokens of a batch above which the gradient takes a second pass."""
+"""Tokens, padding included, that go through the model together."""
 FILL = 0.75
 """The shortest sequence of a slice is at least this part of the longest: less is slower than going alone."""
 ALIKE = 0.5
