@@ -3,7 +3,7 @@
 usage: python benchmarks/sampling.py [--full] [--model NAME] [--threads N] [--only CASE] [--save NAME]
 
 All contenders take turns in one process; every figure is a median over rounds, every ratio the median over pairs of neighbours. Five rounds,
-or one minute per case (four with --full) and the round it is in. `generate` runs in fp32 and bf16; ratios are to the better one. "of the
+or one minute per case (four with --full) and the round it is in. `generate` runs in fp32 and, where the processor is fast at it, bf16; ratios are to the better one. "of the
 memory limit" is the rate at which the weights are read, by that at which two threads read memory, measured between the rounds. Rows of the
 batch want 16 to 128 new tokens; `generate` pads and draws until the longest is done. llama.cpp takes part where `xllamacpp` is
 installed, with the same weights as Q8_0. With one thread CPU seconds are counted, not those of the wall. --save NAME writes benchmarks/results/NAME.json.
@@ -31,6 +31,7 @@ from crucible_framework.backends.local.bases import locate
 from crucible_framework.backends.local.export import export_checkpoint
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.sampling import Frozen, LocalSampler
+from crucible_framework.backends.local.sizes import fast_bf16
 from crucible_framework.config import places
 from crucible_framework.losses import resolve
 from crucible_framework.records import Batch, Datum, LoraConfig, SamplingParams
@@ -262,17 +263,18 @@ def main() -> None:
     budget_s, rows = 240.0 if given.full else 60.0, list[dict[str, Any]]()
     dtypes: tuple[Any, ...] = ("float32", "bfloat16", "int8")
     backends = {dtype: LocalBackend(dtype=dtype, threads=given.threads) for dtype in dtypes}
+    usual = "bfloat16" if fast_bf16() else "float32"
     if given.only in (None, "decoding"):
         from transformers import AutoModelForCausalLM
 
         folder = str(locate(given.model, places().cache, None))
-        kinds = {"generate float32": torch.float32, "generate bfloat16": torch.bfloat16}
+        kinds = {"generate float32": torch.float32, **({"generate bfloat16": torch.bfloat16} if fast_bf16() else {})}
         peers = {name: AutoModelForCausalLM.from_pretrained(folder, dtype=kind, local_files_only=True).eval() for name, kind in kinds.items()}
         rows += decoding(backends, given.model, peers, budget_s)
     if given.only in (None, "adapters"):
-        rows += adapters(backends["bfloat16"], given.model, budget_s)
+        rows += adapters(backends[usual], given.model, budget_s)
     if given.only in (None, "prompts"):
-        rows += prompts_and_scores(backends["bfloat16"], given.model, budget_s)
+        rows += prompts_and_scores(backends[usual], given.model, budget_s)
     if importlib.util.find_spec("xllamacpp") and given.only in (None, "llama"):
         rows += against_llama(backends, given.model, given.threads, budget_s)
     print(f"{given.model}, {given.threads} threads, torch {torch.__version__}, memory {read_rate() / 1e9:.1f} GB/s at the end\n")

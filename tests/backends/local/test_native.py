@@ -105,6 +105,23 @@ def test_logits_are_those_of_torch(base: Base, adapted: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_any_number_of_rows(folders: dict[str, str], tmp_path: Path, kind: str) -> None:
+    """Products go another way for few rows, for many, and for what is left over of blocks of 8 and 16: each sequence gives what it gives alone."""
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    base = load_base(folders["llama"], cache=tmp_path, dtype=dtype, device=CPU)
+    steps, rng, actives = native(base, int8=kind == "int8"), np.random.default_rng(1), adapters(base)
+    given = [rng.integers(3, 250, 3).tolist() for _ in range(35)]
+    alone = [played(steps, [[(0, 2)], [(0, 1)]], [tokens], [actives[i % 3]])[1][0] for i, tokens in enumerate(given)]
+    near = 1e-5 if kind == "float32" else 0.02
+    for count in (2, 4, 5, 8, 9, 15, 16, 17, 24, 25, 33, 35):
+        asked = [actives[i % 3] for i in range(count)]
+        order = sorted((i for i in range(count) if i != 3), key=lambda i: i % 3)  # neighbours of one adapter are a group; the fourth asks for no logits
+        rows = played(steps, [[(i, 2) for i in order], [(i, 1) for i in order]], given[:count], asked)[1]
+        for row, i in zip(rows, order, strict=True):
+            torch.testing.assert_close(row, alone[i], rtol=near, atol=near)
+
+
 def test_rows_do_not_depend_on_who_shares_the_step(base: Base) -> None:
     actives, steps, given = adapters(base), native(base), sequences()
     together = played(steps, [[(which, 17) for which in range(3)]], given, actives)[0]
