@@ -3,10 +3,11 @@
 usage: python benchmarks/sampling.py [--full] [--model NAME] [--threads N] [--only CASE] [--save NAME]
 
 All contenders take turns in one process; every figure is a median over rounds, every ratio the median over pairs of neighbours. Five rounds,
-or one minute per case (four with --full) and the round it is in. `generate` runs in fp32 and, where the processor is fast at it, bf16; ratios are to the better one. "of the
-memory limit" is the rate at which the weights are read, by that at which two threads read memory, measured between the rounds. Rows of the
-batch want 16 to 128 new tokens; `generate` pads and draws until the longest is done. llama.cpp takes part where `xllamacpp` is
-installed, with the same weights as Q8_0. With one thread CPU seconds are counted, not those of the wall. --save NAME writes benchmarks/results/NAME.json.
+or one minute per case (four with --full) and the round it is in. `generate` runs in fp32 and, where the processor is fast at it, bf16; ratios
+are to the better one. "of the memory limit" is the rate at which the weights are read, by that at which two threads read memory, measured between
+the rounds. Rows of the batch want 16 to 128 new tokens; `generate` pads and draws until the longest is done. llama.cpp takes part where
+`xllamacpp` is installed, with the same weights as Q8_0. With one thread CPU seconds are counted, not those of the wall. --save NAME writes
+benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
