@@ -196,11 +196,14 @@ template <class W, int O, int R> static inline void dots_plain(const W* const* w
 // c[16 rows or 8 of them][O outputs]: each weight is multiplied with the rows that stand beside each other.
 template <int O, int V> static inline void outer(const float* const* w, const float* x, int width, float* c, int stride) {
     Lane acc[O][V] = {};
-    for (int k = 0; k < width; k++, x += 16) {
-        Lane v[V];
-        for (int i = 0; i < V; i++) v[i] = *(const Lane*)(x + i * LANES);
-        for (int o = 0; o < O; o++)
-            for (int i = 0; i < V; i++) acc[o][i] += v[i] * w[o][k];
+    for (int k = 0; k < width;) {
+        for (int o = 0; o < O; o++) __builtin_prefetch(w[o] + (size_t)32 * width + k);  // the piece after this one
+        for (const int end = std::min(k + 16, width); k < end; k++, x += 16) {
+            Lane v[V];
+            for (int i = 0; i < V; i++) v[i] = *(const Lane*)(x + i * LANES);
+            for (int o = 0; o < O; o++)
+                for (int i = 0; i < V; i++) acc[o][i] += v[i] * w[o][k];
+        }
     }
     for (int i = 0; i < V; i++)
         for (int r = 0; r < 8; r++)
@@ -378,6 +381,7 @@ template <class W> static void product(const Matrix& m, int first, int second, c
             if constexpr (sizeof(W) == 4) wide[i] = w[i];
             else {
                 float* to_wide = &scratch.wide[(size_t)i * m.inputs];
+                for (int k = 0; k < m.inputs; k += 64 / sizeof(W)) __builtin_prefetch(w[i] + (size_t)32 * m.inputs + k);
                 for (int k = 0; k < m.inputs; k++) to_wide[k] = number(w[i][k]);
                 wide[i] = to_wide;
             }
