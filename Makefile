@@ -54,7 +54,7 @@ bench-sampling: $(DEV) ## Measure sampling beside generate and llama.cpp, and ke
 bench-events: $(DEV) ## Measure what an event costs; fails where a promise of docs/observability.md is not kept
 	@$(BIN)/python benchmarks/events.py $(ARGS) --limits
 
-bench-losses: $(DEV) ## Show what the structure losses do (about 30 minutes of one core)
+bench-losses: $(DEV) ## Show what the structure losses do (about an hour of one core)
 	@$(BIN)/python benchmarks/studies/loss_effects.py $(ARGS)
 
 bench-inference: $(DEV) ## Measure hedging and routing beside the offline optimum and the rivals on PyPI (5 minutes)
