@@ -10,6 +10,7 @@ SkyRL wants another Python environment than Crucible does; it needs no GPU:
 random tokens; AdamW follows every pass. After one step each that does not count (SkyRL compiles in it) the two take turns. Counted are the CPU seconds
 of each process, so that other work on the machine counts little; figures are medians over the steps, ratios medians over pairs of neighbours.
 An adapter's B starts at zero, so the first losses are those of the base model and must agree: otherwise nothing is printed but that.
+Later losses part, because SkyRL draws A from He's uniform distribution, which is wider than PEFT's; the work of a step is the same.
 SkyRL is held to one core, because XLA takes all it sees, and its padding is none here. --save NAME writes benchmarks/results/NAME.json.
 """
 
