@@ -151,10 +151,14 @@ class SamplingContract(BackendFixtures):
         return session.sampler()
 
     def test_same_seed_same_samples(self, sampler: Sampler) -> None:
-        """And another seed, or none, gives others; the samples of one request differ."""
+        """And another seed, or none, gives others; the samples of one request differ.
+
+        Log-probs agree to 1e-5 nats only: how a processor adds up may depend on how many samples it decodes together.
+        """
         first, again = finish([sampler.sample(PROMPT, SEEDED, 3) for _ in range(2)])
         assert [one.tokens for one in first] == [one.tokens for one in again]
-        assert [one.logprobs for one in first] == [one.logprobs for one in again]
+        for one, other in zip(first, again, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, rel=0, abs=1e-5)
         assert len({one.tokens for one in first}) == 3
         assert done(sampler.sample(PROMPT, replace(SEEDED, seed=8)))[0].tokens != first[0].tokens
         fresh = finish([sampler.sample(PROMPT, replace(SEEDED, seed=None)) for _ in range(2)])
