@@ -1,17 +1,19 @@
-"""A LoRA training step of the local engine beside the same step of SkyRL's JAX backend, which speaks Tinker's protocol too.
+"""LoRA training steps of the local engine beside the same steps of SkyRL's JAX backend, which speaks Tinker's protocol too.
 
-usage: python benchmarks/skyrl.py [--sequences 4] [--length 256] [--pairs 5] [--core N] [--save NAME]
+usage: python benchmarks/skyrl.py [--rounds 5] [--dtypes float32 bfloat16] [--core N] [--save NAME]
 
 SkyRL wants another Python environment than Crucible does; it needs no GPU:
 
-    python -m venv ~/.cache/crucible/skyrl && ~/.cache/crucible/skyrl/bin/pip install 'skyrl-tx==0.3.0' jax
+    python -m venv ~/.cache/crucible/skyrl && ~/.cache/crucible/skyrl/bin/pip install 'skyrl-tx[tinker]==0.3.0' jax flax optax
 
---skyrl PYTHON names another. Both train adapters of rank 16 on all linear layers but the head, without dropout, in fp32 on one thread, on the same
-random tokens; AdamW follows every pass. After one step each that does not count (SkyRL compiles in it) the two take turns. Counted are the CPU seconds
-of each process, so that other work on the machine counts little; figures are medians over the steps, ratios medians over pairs of neighbours.
+--skyrl PYTHON names another. Both train adapters of rank 16 on all linear layers but the head, without dropout, on one thread; AdamW follows every
+pass. Two batches: 4 x 256 random tokens that all count, where SkyRL has nothing to pad, and eight sequences of 32 to 300 tokens of which the last third
+counts, as in training on answers. After one step each that does not count (SkyRL compiles in it) the contenders take turns. Counted are the CPU seconds
+of each process, so that other work on the machine counts little; figures are medians over the steps, ratios medians over neighbours, against the
+dtype in which SkyRL is the faster one.
 An adapter's B starts at zero, so the first losses are those of the base model and must agree: otherwise nothing is printed but that.
 Later losses part, because SkyRL draws A from He's uniform distribution, which is wider than PEFT's; the work of a step is the same.
-SkyRL is held to one core, because XLA takes all it sees, and its padding is none here. --save NAME writes benchmarks/results/NAME.json.
+SkyRL is held to one core, because XLA takes all it sees. --save NAME writes benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ from crucible_framework.records import AdamConfig, Batch, Datum
 HERE = Path(__file__).parent
 LORA = cf.LoraConfig(rank=16, alpha=32.0, dropout=0.0, target_modules=("all-linear",))
 ADAM = AdamConfig(max_grad_norm=None)
-AGREE = 1e-3
-"""How far the first losses may be apart, as a share."""
+AGREE = {"float32": 1e-3, "bfloat16": 1e-2}
+"""How far the first losses of SkyRL may be from ours, as a share."""
+LENGTHS = (32, 60, 95, 120, 150, 186, 230, 300)
 
 Step = Callable[[], tuple[float, float]]
 """Makes a step; gives its loss in nats per token and its CPU seconds."""
@@ -57,8 +60,8 @@ def has_skyrl(python: Path) -> bool:
 class SkyRL:
     """The worker under SkyRL's own Python."""
 
-    def __init__(self, python: Path, folder: Path, core: int) -> None:
-        given = {"folder": str(folder), "dtype": "float32", "rank": LORA.rank, "alpha": LORA.alpha, "core": core}
+    def __init__(self, python: Path, folder: Path, core: int, dtype: str) -> None:
+        given = {"folder": str(folder), "dtype": dtype, "rank": LORA.rank, "alpha": LORA.alpha, "core": core}
         self._worker = subprocess.Popen(  # noqa: S603  # the program is the user's choice, the script ours
             [str(python), str(HERE / "workers" / "skyrl.py"), json.dumps(given)],
             stdin=subprocess.PIPE,
@@ -112,77 +115,102 @@ def ours(session: Any, batch: Batch) -> Step:
     return step
 
 
-def random_batch(sequences: int, length: int) -> Batch:
-    """Random tokens, all of which count; no two sequences start alike."""
+def batches() -> dict[str, Batch]:
+    """Random tokens; no two sequences start alike."""
     rng = np.random.default_rng(0)
-    rows = [rng.integers(10, 40000, length + 1) for _ in range(sequences)]
-    weights = np.ones(length, np.float32)
-    return Batch(data=tuple(Datum(id=str(i), tokens=t[:-1].astype(np.int32), targets=t[1:].astype(np.int64), weights=weights) for i, t in enumerate(rows)))
 
+    def datum(name: int, length: int, counted: int) -> Datum:
+        tokens = rng.integers(10, 40000, length + 1)
+        weights = np.zeros(length, np.float32)
+        weights[-counted:] = 1.0
+        return Datum(id=str(name), tokens=tokens[:-1].astype(np.int32), targets=tokens[1:].astype(np.int64), weights=weights)
 
-def compare(mine: Step, theirs: Step, pairs: int) -> dict[str, Any]:
-    """First losses, then CPU seconds in turns."""
-    first = {"crucible": mine(), "skyrl": theirs()}
-    losses = {name: loss for name, (loss, _) in first.items()}
-    apart = abs(losses["crucible"] / losses["skyrl"] - 1)
-    print(f"first losses {losses['crucible']:.6f} and {losses['skyrl']:.6f} nats per token, {apart:.1e} apart", flush=True)
-    if not apart <= AGREE:
-        raise SystemExit(f"The first losses are {apart:.1e} apart, more than {AGREE:.0e}: the two do not compute the same, so their times say nothing.")
-    found: dict[str, list[tuple[float, float]]] = {"crucible": [], "skyrl": []}
-    for i in range(pairs):
-        found["crucible"].append(mine())
-        found["skyrl"].append(theirs())
-        print(f"pair {i + 1}: crucible {found['crucible'][-1][1]:.2f} s, SkyRL {found['skyrl'][-1][1]:.2f} s", flush=True)
     return {
-        "first_losses": losses,
+        "4 x 256 tokens": Batch(data=tuple(datum(i, 256, 256) for i in range(4))),
+        "8 x 32 to 300 tokens, a third counts": Batch(data=tuple(datum(i, length, length // 3) for i, length in enumerate(LENGTHS))),
+    }
+
+
+def compare(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
+    """First losses, then CPU seconds in turns, per contender."""
+    first = {name: step() for name, step in steps.items()}
+    for name, (loss, _) in first.items():
+        dtype = name.split()[-1]
+        apart = abs(loss / first[f"crucible {dtype}"][0] - 1)
+        print(f"{name}: first loss {loss:.6f} nats per token, {apart:.1e} from ours", flush=True)
+        if not apart <= AGREE[dtype]:
+            raise SystemExit(f"The first losses are {apart:.1e} apart: the two do not compute the same, so their times say nothing.")
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for i in range(rounds):
+        for name, step in steps.items():
+            found[name].append(step())
+        print(f"round {i + 1}: " + ", ".join(f"{name} {runs[-1][1]:.2f} s" for name, runs in found.items()), flush=True)
+    return {
+        "first_losses": {name: loss for name, (loss, _) in first.items()},
         "first_cpu_s": {name: cpu_s for name, (_, cpu_s) in first.items()},
-        "losses": {name: [loss for loss, _ in steps] for name, steps in found.items()},
-        "cpu_s": {name: [cpu_s for _, cpu_s in steps] for name, steps in found.items()},
+        "losses": {name: [loss for loss, _ in runs] for name, runs in found.items()},
+        "cpu_s": {name: [cpu_s for _, cpu_s in runs] for name, runs in found.items()},
     }
 
 
 def summary(cpu_s: dict[str, Sequence[float]], tokens: int) -> dict[str, Any]:
-    """Tokens per CPU second of each, and how many times faster Crucible is."""
-    ratios = [theirs / own for own, theirs in zip(cpu_s["crucible"], cpu_s["skyrl"], strict=True)]
-    return {
-        "tokens_per_s": {name: tokens / statistics.median(seconds) for name, seconds in cpu_s.items()},
-        "ratios": ratios,
-        "ratio": statistics.median(ratios),
-    }
+    """Tokens per CPU second of each, and how many times faster ours is than the better SkyRL."""
+    rates = {name: tokens / statistics.median(seconds) for name, seconds in cpu_s.items()}
+    best = max((name for name in rates if name.startswith("skyrl")), key=lambda name: rates[name])
+    ratios = {name: [theirs / own for own, theirs in zip(seconds, cpu_s[best], strict=True)] for name, seconds in cpu_s.items() if name.startswith("crucible")}
+    return {"tokens_per_s": rates, "best": best, "ratios": ratios, "ratio": {name: statistics.median(some) for name, some in ratios.items()}}
+
+
+def measure(given: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Per batch what `compare` and `summary` find, and what SkyRL says of itself."""
+    folder, found = locate(given.model, places().cache, None), {}
+    backends = {dtype: cf.connect("local", dtype=dtype, threads=1) for dtype in given.dtypes}
+    workers = {dtype: SkyRL(given.skyrl, folder, given.core, dtype) for dtype in given.dtypes}
+    try:
+        for name, batch in batches().items():
+            print(f"\n{name}", flush=True)
+            steps: dict[str, Step] = {}
+            for dtype in given.dtypes:
+                workers[dtype].ask(do="renew")
+                steps[f"crucible {dtype}"] = ours(backends[dtype].train(given.model, LORA), batch)
+                steps[f"skyrl {dtype}"] = workers[dtype].step(batch)
+            found[name] = compare(steps, given.rounds)
+            found[name] |= summary(found[name]["cpu_s"], batch.tokens)
+    finally:
+        for worker in workers.values():
+            worker.close()
+        for backend in backends.values():
+            backend.close()
+    return found, [worker.about for worker in workers.values()]
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", nargs="+", choices=list(AGREE), default=list(AGREE))
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="that SkyRL is held to")
     parser.add_argument("--skyrl", type=Path, default=places().cache / "skyrl" / "bin" / "python", metavar="PYTHON", help="that has skyrl-tx")
     parser.add_argument("--save", metavar="NAME")
     given = parser.parse_args()
     if not has_skyrl(given.skyrl):
         venv = places().cache / "skyrl"
-        print(f"There is no SkyRL under {given.skyrl}. Make it: python -m venv {venv} && {venv}/bin/pip install 'skyrl-tx==0.3.0' jax", file=sys.stderr)
+        print(
+            f"There is no SkyRL under {given.skyrl}. Make it: python -m venv {venv} && {venv}/bin/pip install 'skyrl-tx[tinker]==0.3.0' jax flax optax",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
-    batch = random_batch(given.sequences, given.length)
-    with cf.connect("local", dtype="float32", threads=1) as backend:
-        session = backend.train(given.model, LORA)
-        skyrl = SkyRL(given.skyrl, locate(given.model, places().cache, None), given.core)
-        try:
-            found = compare(ours(session, batch), skyrl.step(batch), given.pairs)
-        finally:
-            skyrl.close()
-    found |= summary(found["cpu_s"], batch.tokens)
-    rates, ratios = found["tokens_per_s"], found["ratios"]
-    print(f"\n{given.model}, {given.sequences} x {given.length} tokens, fp32, one thread, {given.pairs} pairs, torch {torch.__version__}, {skyrl.about}")
-    print(f"tokens per CPU second: crucible {rates['crucible']:.0f}, SkyRL {rates['skyrl']:.0f}")
-    print(f"crucible is {found['ratio']:.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})")
+    found, skyrl = measure(given)
+    print(f"\n{given.model}, one thread, {given.rounds} rounds, torch {torch.__version__}, {skyrl}")
+    for batch, one in found.items():
+        print(f"\n{batch}: tokens per CPU second " + ", ".join(f"{name} {rate:.0f}" for name, rate in one["tokens_per_s"].items()))
+        for name, ratios in one["ratios"].items():
+            print(f"{name} is {one['ratio'][name]:.2f} times as fast as {one['best']} ({min(ratios):.2f} to {max(ratios):.2f})")
     if given.save:
         target = HERE / "results" / f"{given.save}.json"
-        setting = {"model": given.model, "sequences": given.sequences, "length": given.length, "pairs": given.pairs, "dtype": "float32", "threads": 1}
-        target.write_text(json.dumps({"setting": setting, "torch": torch.__version__, "skyrl": skyrl.about, **found}, indent=1) + "\n", encoding="utf-8")
+        setting = {"model": given.model, "rounds": given.rounds, "threads": 1, "torch": torch.__version__, "skyrl": skyrl}
+        target.write_text(json.dumps({"setting": setting, "batches": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
