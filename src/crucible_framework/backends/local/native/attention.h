@@ -71,6 +71,10 @@ static void mixed(const Pages& pages, int layer, const int32_t* table, int head,
     for (; count > 0; count--, p++, to++) mixed<T, 1, V>(pages, layer, table, head, from, length, p, to, width);
 }
 
+template <class T> static inline void fetch(const T* from, int count) {
+    for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
+
 // `count` queries of one sequence and one key-value head; query i sees the first lengths[i] tokens.
 template <class T>
 static void attend(const Pages& pages, int layer, const int32_t* table, int head, int count, const float* const* q, const int* lengths, float* const* to,
@@ -84,6 +88,9 @@ static void attend(const Pages& pages, int layer, const int32_t* table, int head
     p.resize(count), at.resize(count);
     for (int i = 0; i < count; i++) p[i] = &scratch.scores[i * stride];
     for (int start = 0; start < longest; start += 16) {
+        // Pages lie anywhere in memory: the next one's keys and this one's values are asked for while these scores are made.
+        if (start + 16 < longest) fetch(pages.keys<T>(layer, table[start / 16 + 1], head), pages.size * 16);
+        fetch(pages.values<T>(layer, table[start / 16], head), pages.room * 16);
         for (int i = 0; i < count; i++) at[i] = p[i] + start;
         scores_of<T>(pages.keys<T>(layer, table[start / 16], head), pages.size, q, at.data(), count);
     }

@@ -1,155 +1,8 @@
 // Products of few rows with a frozen matrix that stands row by row, [outputs][inputs], as torch keeps it: no second copy of the weights.
-// Sums are fp32. With bf16 and int8 weights the activations are rounded to bf16, whichever instructions multiply.
+// Sums are fp32. With bf16 and int8 weights the activations are rounded to bf16, whichever instructions multiply. But for columns a row's
+// products are summed in one order, however many rows there are.
 #pragma once
-#include "vectors.h"
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__) && defined(__linux__)
-#define HAVE_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define HAVE_BF16 1
-#endif
-
-struct Matrix {
-    const void* weight;    // [outputs][inputs]
-    const float* scale;    // of int8 weights, per output
-    const float* bias;     // per output, or null
-    const int32_t* sums;   // of int8 weights, per output
-    int32_t outputs, inputs, kind;
-};
-
-enum Way { PLAIN, COLUMNS, DOTS, TILES };  // fp32 vectors, the same with 16 rows beside each other, AVX-512's bf16 dot products, AMX tiles
-
-// Rows of activations in the form that the way of multiplying reads.
-struct Rows {
-    Way way = PLAIN;
-    int count = 0, width = 0;
-    std::vector<float> plain;      // [count][width]
-    std::vector<float> columns;    // [count / 16][width][16]
-    std::vector<uint16_t> halves;  // [count][width]
-    std::vector<uint32_t> pairs;   // [count / 16][width / 2][16]: what an AMX tile reads
-    // For int8 weights on AMX: x = step (256 high + low - 32768), which is finer than bf16, so that products are exact whole numbers.
-    bool bytes = false, adapted = false;
-    std::vector<uint8_t> high, low;                // [count][width]
-    std::vector<uint32_t> high_quads, low_quads;   // [count / 16][width / 4][16]
-    std::vector<float> step;
-    void set(Way w, int c, int k, bool b, bool a) {
-        way = w, count = c, width = k, bytes = b, adapted = a;
-        size_t n = (size_t)((c + 15) / 16 * 16) * (k + 32);
-        if (way <= COLUMNS && plain.size() < n) plain.resize(n);
-        if (way == COLUMNS && columns.size() < n) columns.resize(n);
-        if (way > COLUMNS && halves.size() < n) halves.resize(n);
-        if (way == TILES && pairs.size() < n / 2) pairs.resize(n / 2);
-        if (bytes && high.size() < n) high.resize(n), low.resize(n), high_quads.resize(n / 4 + 1), low_quads.resize(n / 4 + 1);
-        if (bytes && step.size() < n / k) step.resize(n / k + 16);
-    }
-    // Takes one row; `round` to bf16 where weights are.
-    void put(int row, const float* x, bool round) {
-        int k = 0;
-        if (way <= COLUMNS) {
-            float* to = &plain[(size_t)row * width];
-            if (!round) { memcpy(to, x, width * sizeof(float)); return; }
-            for (; k + 16 <= width; k += 16) store(to + k, halved(load(x + k)));
-            for (; k < width; k++) to[k] = number(rounded(x[k]));
-            return;
-        }
-        if (bytes) quantise(row, x);
-        if (bytes && !adapted) return;
-        uint16_t* to = &halves[(size_t)row * width];
-        for (; k + 16 <= width; k += 16) store(to + k, load(x + k));
-        for (; k < width; k++) to[k] = rounded(x[k]);
-    }
-    void quantise(int row, const float* x);
-    bool blocks() const { return way == COLUMNS || way == TILES; }
-    void pack(int block);  // what `blocks` ways read of 16 rows that were put
-};
-
-#ifdef HAVE_AMX
-static inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-static inline bool allow_tiles() {
-    static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return allowed;
-}
-static inline void open_tiles() {
-    struct { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-}
-#endif
-
-#ifdef HAVE_AMX
-// Rows of [count][units] numbers of 32 bits as [units][16], a block of 16 rows at a time.
-static inline void packed(const uint32_t* from, uint32_t* to, int block, int count, int units) {
-    for (int k = 0; k < units; k += 16) {
-        const __mmask16 mask = units - k >= 16 ? 0xffff : (__mmask16)((1 << (units - k)) - 1);
-        __m512i r[16];
-        for (int i = 0; i < 16; i++)
-            r[i] = block * 16 + i < count ? _mm512_maskz_loadu_epi32(mask, from + (size_t)(block * 16 + i) * units + k) : _mm512_setzero_si512();
-        transpose(r);
-        for (int i = 0; i < std::min(16, units - k); i++) _mm512_storeu_si512(to + ((size_t)block * units + k + i) * 16, r[i]);
-    }
-}
-#endif
-
-inline void Rows::pack(int block) {
-    if (way == COLUMNS) {
-        const float* from = &plain[(size_t)block * 16 * width];
-        float* to = &columns[(size_t)block * 16 * width];
-        const int here = std::min(16, count - block * 16);
-        for (int k = 0; k < width; k++, to += 16)
-            for (int i = 0; i < 16; i++) to[i] = i < here ? from[(size_t)i * width + k] : 0.0f;
-    }
-#ifdef HAVE_AMX
-    if (bytes) {
-        packed((const uint32_t*)high.data(), high_quads.data(), block, count, width / 4);
-        packed((const uint32_t*)low.data(), low_quads.data(), block, count, width / 4);
-    }
-    if (!bytes || adapted) packed((const uint32_t*)halves.data(), pairs.data(), block, count, width / 2);
-#endif
-}
-
-inline void Rows::quantise(int row, const float* x) {
-    (void)row, (void)x;
-#ifdef HAVE_AMX
-    Vec top = {}, zero = {};
-    for (int k = 0; k < width; k += 16) top = larger(top, larger(load(x + k), -load(x + k))), zero += load(x + k) * 0.0f;
-    const float most = std::max(highest(top), 1e-30f);
-    step[row] = most / 32767.0f + sum(zero);  // not a number where one of them is not
-    const float inverse = 32767.0f / most;
-    uint8_t *h = &high[(size_t)row * width], *l = &low[(size_t)row * width];
-    typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-    for (int k = 0; k < width; k += 16) {
-        ULane q = (ULane)__builtin_convertvector(load(x + k) * inverse + 32768.5f, ILane);  // rounded: all are positive
-        *(Bytes*)(h + k) = __builtin_convertvector(q >> 8, Bytes);
-        *(Bytes*)(l + k) = __builtin_convertvector(q & 255, Bytes);
-    }
-#endif
-}
+#include "rows.h"
 
 // ------------------------------------------------------------------------------------------------------------ vectors
 // The sums of O vectors for each of R rows.
@@ -170,15 +23,30 @@ template <int O, int R, class V> static inline void sums(const V (&acc)[O][R], f
 #endif
 }
 
-template <class W, int O, int R> static inline void dots_plain(const W* const* w, const float* x, int width, float* c, int stride) {
+// Rows of a few hundred bytes end before the processor has seen where they lead, so those 16 further on are asked for: by the first block of
+// rows of activations, or, with bf16, a share by each of the `count` blocks, so that memory works all the time. Where a single row fills its
+// registers from whole lines of the cache, memory is all it needs.
+template <class W, int O, int R> struct Ahead {
+    const char* at;
+    int wait;
+    const int period;
+    Ahead(const W* const* w, int width, int block, int count)
+        : at((const char*)(w[0] + (size_t)16 * width)), wait(sizeof(W) == 2 || block == 0 ? block : width), period(sizeof(W) == 2 ? count : 1) {}
+    void step(int numbers) {
+        if ((R > 1 || sizeof(W) < (LANES == 16 ? 2 : 4)) && wait-- == 0) {
+            for (size_t i = 0; i < O * numbers * sizeof(W); i += 64) __builtin_prefetch(at + i);
+            wait = period - 1;
+        }
+        at += O * numbers * sizeof(W);
+    }
+};
+
+template <class W, int O, int R> static inline void dots(const W* const* w, const float* x, int width, float* c, int stride, int block, int count) {
     Lane acc[O][R] = {};
     int k = 0;
-    // Rows of a few hundred bytes end before the processor has seen where they lead, so the rows after the next ones are asked for.
-    const char* ahead = (const char*)(w[0] + (size_t)2 * O * width);
+    Ahead<W, O, R> ahead(w, width, block, count);
     for (; k + LANES <= width; k += LANES) {
-        if (sizeof(W) < 4)
-            for (size_t i = 0; i < O * LANES * sizeof(W); i += 64) __builtin_prefetch(ahead + i);
-        ahead += O * LANES * sizeof(W);
+        ahead.step(LANES);
         Lane v[R];
         for (int r = 0; r < R; r++) v[r] = lane(x + (size_t)r * width + k);
         for (int o = 0; o < O; o++) {
@@ -232,10 +100,12 @@ static inline __m512bh halves(const int8_t* p) {
     __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + 16))));
     return _mm512_cvtne2ps_pbh(high, low);
 }
-template <class W, int O, int R> static inline void dots_halves(const W* const* w, const uint16_t* x, int width, float* c, int stride) {
+template <class W, int O, int R> static inline void dots(const W* const* w, const uint16_t* x, int width, float* c, int stride, int block, int count) {
     Vec acc[O][R] = {};
     int k = 0;
+    Ahead<W, O, R> ahead(w, width, block, count);
     for (; k + 32 <= width; k += 32) {
+        ahead.step(32);
         __m512bh v[R];
         for (int r = 0; r < R; r++) v[r] = halves(x + (size_t)r * width + k);
         for (int o = 0; o < O; o++) {
@@ -250,33 +120,37 @@ template <class W, int O, int R> static inline void dots_halves(const W* const* 
 }
 #endif
 
+template <int O, int R, class W, class X>
+static void some_rows(const W* const* w, const X* x, int width, float* c, int stride, int block, int count) {
+    for (int o = 0; o < 16; o += O) dots<W, O, R>(w + o, x, width, c + o, stride, block, count);
+}
+template <class W, class X> static void by_vectors(const W* const* w, const X* x, int width, int from, int to, float* c, int stride) {
+    constexpr int R = LANES == 16 ? 4 : 2;
+    const int blocks = (to - from + R - 1) / R;
+    for (int b = 0; b < blocks; b++) {
+        const int r = from + b * R, many = std::min(R, to - r);
+        const X* row = x + (size_t)r * width;
+        float* at = c + (size_t)r * stride;
+        if (R == 4 && many == 4) some_rows<4, R>(w, row, width, at, stride, b, blocks);
+        else if (R == 4 && many == 3) some_rows<4, 3>(w, row, width, at, stride, b, blocks);
+        else if (many == 2) some_rows<(R == 4 ? 8 : 4), 2>(w, row, width, at, stride, b, blocks);
+        else some_rows<8, 1>(w, row, width, at, stride, b, blocks);
+    }
+}
 template <class W> static void by_vectors(const W* const* w, const Rows& rows, int from, int to, float* c, int stride) {
-    int r = from;
 #ifdef HAVE_BF16
     if constexpr (sizeof(W) < 4)
-        if (rows.way == DOTS) {
-            const uint16_t* x = rows.halves.data();
-            for (; r + 4 <= to; r += 4)
-                for (int o = 0; o < 16; o += 4) dots_halves<W, 4, 4>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
-            for (; r < to; r++)
-                for (int o = 0; o < 16; o += 8) dots_halves<W, 8, 1>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
-            return;
-        }
+        if (rows.way == DOTS) return by_vectors(w, rows.halves.data(), rows.width, from, to, c, stride);
 #endif
-    const float* x = rows.plain.data();
-    constexpr int R = LANES == 16 ? 4 : 2;
-    for (; r + R <= to; r += R)
-        for (int o = 0; o < 16; o += 4) dots_plain<W, 4, R>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
-    for (; r < to; r++)
-        for (int o = 0; o < 16; o += 8) dots_plain<W, 8, 1>(w + o, x + (size_t)r * rows.width, rows.width, c + r * stride + o, stride);
+    by_vectors(w, rows.plain.data(), rows.width, from, to, c, stride);
 }
 
 // -------------------------------------------------------------------------------------------------------------- tiles
 struct Scratch {
-    std::vector<float> c;           // [rows][32]
-    std::vector<uint16_t> panel;    // [32][inputs]
-    std::vector<float> wide;        // [32][inputs]
-    std::vector<float> scores;
+    Array<float> c;           // [rows][32]
+    Array<uint16_t> panel;    // [32][inputs]
+    Array<float> wide;        // [32][inputs]
+    Array<float> scores;
     std::vector<float*> rows, at;
 };
 
@@ -390,6 +264,23 @@ template <class W> static void product(const Matrix& m, int first, int second, c
         by_columns(wide + 16, rows, from, to, c + 16, 32);
         return;
     }
+#endif
+#ifdef HAVE_BF16
+    if constexpr (sizeof(W) == 1)
+        if (rows.way == DOTS && to - from > 12) {  // made bf16 once for all blocks of rows
+            const uint16_t* wide[32];
+            for (int i = 0; i < 32; i++) {
+                uint16_t* panel = &scratch.panel[(size_t)i * m.inputs];
+                for (int k = 0; k < m.inputs; k += 64) __builtin_prefetch(w[i] + (size_t)32 * m.inputs + k);
+                int k = 0;
+                for (; k + 32 <= m.inputs; k += 32) _mm512_storeu_si512(panel + k, (__m512i)halves(w[i] + k));
+                for (; k < m.inputs; k++) panel[k] = rounded(number(w[i][k]));
+                wide[i] = panel;
+            }
+            by_vectors<uint16_t>(wide, rows, from, to, c, 32);
+            by_vectors<uint16_t>(wide + 16, rows, from, to, c + 16, 32);
+            return;
+        }
 #endif
     by_vectors<W>(w, rows, from, to, c, 32);
     by_vectors<W>(w + 16, rows, from, to, c + 16, 32);

@@ -55,7 +55,7 @@ class Engine {
     void prepare() {
         const Step& s = *s_;
         const int t = (s.tokens + 15) / 16 * 16, qkv = (model_.queries + 2 * model_.keys) * model_.size;
-        auto grow = [](std::vector<float>& v, size_t n) { if (v.size() < n) v.resize(n); };
+        auto grow = [](Array<float>& v, size_t n) { if (v.size() < n) v.resize(n); };
         grow(x_, (size_t)t * (model_.width + 32));
         grow(qkv_, (size_t)t * (qkv + 32));
         grow(o_, (size_t)t * (model_.queries * model_.size + 32));
@@ -141,7 +141,7 @@ class Engine {
         }
         team_.meet();
         const int each = rows_.blocks() ? 16 : 1;
-        std::vector<float>& normed = buffer();
+        Array<float>& normed = buffer();
         normed.resize(width);
         for (int p; (p = team_.next()) * each < count;) {
             for (int row = p * each; row < std::min(count, (p + 1) * each); row++) {
@@ -164,8 +164,8 @@ class Engine {
         team_.meet();
     }
 
-    static std::vector<float>& buffer() {
-        static thread_local std::vector<float> mine;
+    static Array<float>& buffer() {
+        static thread_local Array<float> mine;
         return mine;
     }
 
@@ -346,7 +346,7 @@ class Engine {
     const Step* s_ = nullptr;
     bool adapted_ = false;
     int ranks_ = 0;
-    std::vector<float> x_, qkv_, o_, gated_, low_;
+    Array<float> x_, qkv_, o_, gated_, low_;
     std::vector<Group> groups_, last_groups_;
     std::vector<Piece> pieces_;
 };

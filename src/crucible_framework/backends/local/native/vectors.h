@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 #if defined(__AVX2__)
@@ -43,9 +44,17 @@ static inline uint16_t rounded(float x) {  // to the nearest bfloat16, ties to e
 }
 
 static inline Lane lane(const float* p) { return *(const Lane*)p; }
-static inline Lane lane(const uint16_t* p) { return (Lane)(__builtin_convertvector(*(const HLane*)p, ULane) << 16); }
+static inline Lane lane(const uint16_t* p) {
+#if defined(__AVX512F__)  // gcc would put it together from halves
+    return (Lane)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+    return (Lane)(__builtin_convertvector(*(const HLane*)p, ULane) << 16);
+#endif
+}
 static inline Lane lane(const int8_t* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+    return (Lane)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
     return (Lane)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
     return __builtin_convertvector(__builtin_convertvector(*(const BLane*)p, ILane), Lane);
@@ -118,6 +127,18 @@ static inline Vec exp16(const Vec& v) { return {exp16(v.a), exp16(v.b)}; }
 static inline float sum(const Vec& v) { return sum(v.a + v.b); }
 static inline float highest(const Vec& v) { return highest(larger(v.a, v.b)); }
 #endif
+
+// Memory that begins with a line of the cache: a register of 64 bytes that lies across two lines is read twice.
+template <class T> struct Aligned {
+    typedef T value_type;
+    Aligned() = default;
+    template <class U> Aligned(const Aligned<U>&) {}
+    T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+template <class T> using Array = std::vector<T, Aligned<T>>;
 
 // ---------------------------------------------------------------------------------------------------------- threads
 // `run` gives a function to all threads. Inside it `meet` waits for all, and `next` hands out the pieces of a phase one by one, so that
