@@ -234,9 +234,11 @@ class FakeSampler:
         if isinstance(completion, str):
             completion = tuple(tokenizer.encode(completion))
         answer = render_prompt(completion, tokenizer) if completion else ()
-        ids = np.array([render_prompt(prompt, tokenizer)[-1], *answer])
-        logits = self._logits()(ids)[:-1]
-        return tuple(torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:, None]))[:, 0].tolist())
+        given = render_prompt(prompt, tokenizer)
+        with events.span("inference.logprobs", model=self.model, prompt_tokens=len(given), completion_tokens=len(answer)):
+            ids = np.array([given[-1], *answer])
+            logits = self._logits()(ids)[:-1]
+            return tuple(torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:, None]))[:, 0].tolist())
 
     def _sample(self, prompt: Prompt, params: SamplingParams, n: int, seed: tuple[int, int], teller: Teller | None = None) -> tuple[Completion, ...]:
         with events.span("inference.sample", model=self.model, n=n) as span:

@@ -45,11 +45,13 @@ class BackendContract(NumbersContract, TrainingContract, FailureContract, Checkp
             train(session, batch, 1)
             done(session.save("saved"))
             done(session.sampler().sample("Say a word.", SamplingParams(max_tokens=2, seed=1)))
-        requests = {"training.forward_backward", "training.optim_step", "checkpoint.saved", "inference.sample"}
+            done(session.sampler().compute_logprobs("Say a word.", (1, 2, 3)))
+        requests = {"training.forward_backward", "training.optim_step", "checkpoint.saved", "inference.sample", "inference.logprobs"}
         found = {str(event["name"]): event for event in seen}
         assert requests <= found.keys()
         assert {str(event["run"]) for event in seen if event["name"] in requests} == {"the-run"}
         assert found["training.optim_step"]["step"] == 1
+        assert found["inference.logprobs"]["completion_tokens"] == 3
 
     def test_closed_session(self, backend: Backend, base_model: str, lora: LoraConfig, session: TrainingSession, batch: Batch) -> None:
         """What was submitted is finished, what comes later is refused; other sessions go on."""

@@ -6,11 +6,13 @@ same sample however many are drawn and whoever shares the batch, up to rounding.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
+from ... import events
 from ...errors import BackendError, ConfigError
 from ...protocols import OnPiece
 from ...records import Completion, Prompt, SamplingParams
@@ -208,8 +210,12 @@ class _Scores:
                 jobs.append(job)
                 pairs.append(pair)
                 tokens += len(pair[0]) + len(pair[1])
+        started = time.perf_counter()
         try:
-            for answered, logprobs in zip(jobs, self._scorer(active, pairs), strict=True):
+            found = self._scorer(active, pairs)
+            for answered, (prompt, answer), logprobs in zip(jobs, pairs, found, strict=True):
+                told: dict[str, str | int] = {"model": answered.item.model, "prompt_tokens": len(prompt), "completion_tokens": len(answer)}
+                answered.context.run(events.emit, "inference.logprobs", **told, duration_s=time.perf_counter() - started)
                 answered.promise.give(logprobs)
         except Exception as error:
             for failed in jobs:

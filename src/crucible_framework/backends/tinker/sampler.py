@@ -121,8 +121,12 @@ class TinkerSampler:
             empty.set_result(())
             return empty
 
+        started = time.perf_counter()
+
         def finish(found: Sequence[float | None]) -> tuple[float, ...]:
             self._spending.add(prompt=len(ids) + len(answer))
+            told: dict[str, str | int] = {"model": self._model, "prompt_tokens": len(ids), "completion_tokens": len(answer)}
+            events.emit("inference.logprobs", **told, duration_s=time.perf_counter() - started)
             return tuple(float("nan") if value is None else float(value) for value in found[-len(answer) :])
 
         whole = types.ModelInput.from_ints([*ids, *answer])
