@@ -41,8 +41,13 @@ template <class W, int O, int R> struct Ahead {
     }
 };
 
+template <int O, int R, class V> static inline void clear(V (&acc)[O][R]) {  // gcc would call memset
+    for (int o = 0; o < O; o++)
+        for (int r = 0; r < R; r++) acc[o][r] = V{};
+}
 template <class W, int O, int R> static inline void dots(const W* const* w, const float* x, int width, float* c, int stride, int block, int count) {
-    Lane acc[O][R] = {};
+    Lane acc[O][R];
+    clear(acc);
     int k = 0;
     Ahead<W, O, R> ahead(w, width, block, count);
     for (; k + LANES <= width; k += LANES) {
@@ -101,7 +106,8 @@ static inline __m512bh halves(const int8_t* p) {
     return _mm512_cvtne2ps_pbh(high, low);
 }
 template <class W, int O, int R> static inline void dots(const W* const* w, const uint16_t* x, int width, float* c, int stride, int block, int count) {
-    Vec acc[O][R] = {};
+    Vec acc[O][R];
+    clear(acc);
     int k = 0;
     Ahead<W, O, R> ahead(w, width, block, count);
     for (; k + 32 <= width; k += 32) {
@@ -261,7 +267,7 @@ template <class W> static void product(const Matrix& m, int first, int second, c
             }
         }
         by_columns(wide, rows, from, to, c, 32);
-        by_columns(wide + 16, rows, from, to, c + 16, 32);
+        if (second < m.outputs) by_columns(wide + 16, rows, from, to, c + 16, 32);
         return;
     }
 #endif
@@ -278,12 +284,12 @@ template <class W> static void product(const Matrix& m, int first, int second, c
                 wide[i] = panel;
             }
             by_vectors<uint16_t>(wide, rows, from, to, c, 32);
-            by_vectors<uint16_t>(wide + 16, rows, from, to, c + 16, 32);
+            if (second < m.outputs) by_vectors<uint16_t>(wide + 16, rows, from, to, c + 16, 32);
             return;
         }
 #endif
     by_vectors<W>(w, rows, from, to, c, 32);
-    by_vectors<W>(w + 16, rows, from, to, c + 16, 32);
+    if (second < m.outputs) by_vectors<W>(w + 16, rows, from, to, c + 16, 32);
 }
 
 static void product(const Matrix& m, int first, int second, const Rows& rows, int from, int to, Scratch& scratch) {

@@ -187,7 +187,7 @@ class Engine {
                         if (m.bias) v += load(m.bias + at[n]);
                         store(c + r * 32 + n * 16, v);
                     }
-                if (adapted_) higher(which, groups, at[n], c + n * 16);
+                if (adapted_) higher(which, groups, at[n], mode == GATE ? 16 : 32, c + n * 16);
             }
             if (mode == GATE) {
                 for (int r = 0; r < count; r++) {
@@ -228,27 +228,38 @@ class Engine {
         team_.meet();
     }
 
-    // Adds the adapters' second matrices to the 16 outputs from `first` on.
-    void higher(int which, const std::vector<Group>& groups, int first, float* c) {
+    // Adds the adapters' second matrices to the 16 outputs from `first` on; those of `ahead` outputs further are asked for meanwhile.
+    void higher(int which, const std::vector<Group>& groups, int first, int ahead, float* c) {
+        const size_t item = model_.adapter_kind == FLOAT32 ? sizeof(float) : sizeof(uint16_t);
         for (auto& group : groups) {
             if (!group.pairs) continue;
             const Pair& pair = group.pairs[which];
             for (int i = 0; i < pair.parts; i++) {
                 const Part& part = pair.part[i];
+                const size_t block = (size_t)pair.ranks * 16 * item;
+                const char* b = (const char*)pair.b + first / 16 * block + part.low * 16 * item;
+                if (part.last > first + ahead && part.first < first + ahead + 16)
+                    for (size_t n = 0; n < (part.high - part.low) * 16 * item; n += 64) __builtin_prefetch(b + ahead / 16 * block + n);
                 if (part.last <= first || part.first >= first + 16) continue;
-                const size_t at = ((size_t)(first / 16) * pair.ranks + part.low) * 16;
-                if (model_.adapter_kind == FLOAT32) raise((const float*)pair.b + at, part, group, c);
-                else raise((const uint16_t*)pair.b + at, part, group, c);
+                if (model_.adapter_kind == FLOAT32) raise((const float*)b, part, group, c);
+                else raise((const uint16_t*)b, part, group, c);
             }
         }
     }
     template <class T> void raise(const T* b, const Part& part, const Group& group, float* c) {
-        for (int r = group.from; r < group.to; r++) {
-            const float* low = &low_[(size_t)r * ranks_ + part.low];
-            Vec v = load(c + r * 32);
-            for (int k = 0; k < part.high - part.low; k++) v += load(b + k * 16) * low[k];
-            store(c + r * 32, v);
+        int r = group.from;
+        for (; r + 4 <= group.to; r += 4) raise<T, 4>(b, part, r, c);
+        for (; r < group.to; r++) raise<T, 1>(b, part, r, c);
+    }
+    template <class T, int R> void raise(const T* b, const Part& part, int row, float* c) {
+        const float* low = &low_[(size_t)row * ranks_ + part.low];
+        Vec v[R];
+        for (int i = 0; i < R; i++) v[i] = load(c + (row + i) * 32);
+        for (int k = 0; k < part.high - part.low; k++) {
+            const Vec one = load(b + k * 16);
+            for (int i = 0; i < R; i++) v[i] += one * low[(size_t)i * ranks_ + k];
         }
+        for (int i = 0; i < R; i++) store(c + (row + i) * 32, v[i]);
     }
 
     // Norms and turns a token's queries and keys, and remembers its keys and values.
