@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Self
 
 import numpy as np
@@ -95,7 +96,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
     """Makes tensors on the device where no argument is on it yet; for one thread."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        del types
+        if Pretended not in types and not (kwargs and kwargs.get("device") is not None):
+            return func(*args, **(kwargs or {}))
         return _run(func, args, kwargs or {})
 
 
@@ -123,7 +125,7 @@ def _check(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if not isinstance(args[0], Pretended):
             raise MixedError(f"{func}: indices of the device into a tensor of the processor")
         plain = [one for one in args[2:3] if isinstance(one, Tensor) and not isinstance(one, Pretended)]
-    free = torch.Tag.pointwise in func.tags or func in _NUMBERS or func in _INDEXING
+    free = _pointwise(func) or func in _NUMBERS or func in _INDEXING
     if func not in _CROSSING and any(one.ndim or not free for one in plain):
         raise MixedError(f"{func}: Expected all tensors to be on the same device, but found at least two devices, the pretended one and cpu!")
     if func.namespace not in ("aten", "prim", "prims") or "_for_cpu" in func.name():
@@ -149,13 +151,21 @@ def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return _given_back(func, args, kwargs, result, there=there)
 
 
+@cache
+def _written(func: Any) -> list[tuple[str, int]]:
+    """Name and place of the arguments that an operation writes to."""
+    given = enumerate(func._schema.arguments)
+    return [(one.name, place) for place, one in given if one.alias_info is not None and one.alias_info.is_write]
+
+
+@cache
+def _pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags
+
+
 def _given_back(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, *, there: bool) -> Any:
     """The results as tensors of the device; what was written to comes back as the same object."""
-    written = [
-        kwargs[one.name] if one.name in kwargs else args[place]
-        for place, one in enumerate(func._schema.arguments)
-        if one.alias_info is not None and one.alias_info.is_write and (one.name in kwargs or place < len(args))
-    ]
+    written = [kwargs[name] if name in kwargs else args[place] for name, place in _written(func) if name in kwargs or place < len(args)]
     if written and func._schema.returns:
         return written[0] if len(written) == 1 else type(result)(written)
 
