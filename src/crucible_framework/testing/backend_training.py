@@ -26,7 +26,8 @@ __all__ = ["NumbersContract", "TrainingContract"]
 def _from_logits(data: Sequence[Datum], logits: Sequence[Tensor]) -> Made:
     import torch
 
-    picked = [torch.log_softmax(values, -1).gather(1, torch.tensor(datum.targets)[:, None])[:, 0] for datum, values in zip(data, logits, strict=True)]
+    targets = [torch.tensor(datum.targets)[:, None].to(values.device) for datum, values in zip(data, logits, strict=True)]
+    picked = [torch.log_softmax(values, -1).gather(1, wanted)[:, 0] for wanted, values in zip(targets, logits, strict=True)]
     return own_cross_entropy(data, picked)
 
 

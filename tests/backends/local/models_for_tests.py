@@ -31,7 +31,7 @@ def batch(*lengths: int, seed: int = 0, weighted: int | None = 3, candidates: in
 
 
 def cross_entropy(data: Sequence[Datum], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    terms = [-(torch.tensor(d.weights) * logp).sum() for d, logp in zip(data, logprobs, strict=True)]
+    terms = [-(torch.tensor(d.weights).to(logp) * logp).sum() for d, logp in zip(data, logprobs, strict=True)]
     return torch.stack(terms).sum(), {}
 
 
@@ -41,8 +41,8 @@ CE = Loss(name="ce", fn=cross_entropy, source="test")
 def _logits_entropy(data: Sequence[Datum], logits: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
     terms = []
     for d, scores in zip(data, logits, strict=True):
-        logp = scores.log_softmax(-1).gather(-1, torch.tensor(d.targets)[:, None])[:, 0]
-        terms.append(-(torch.tensor(d.weights) * logp).sum())
+        logp = scores.log_softmax(-1).gather(-1, torch.tensor(d.targets)[:, None].to(scores.device))[:, 0]
+        terms.append(-(torch.tensor(d.weights).to(logp) * logp).sum())
     return torch.stack(terms).sum(), {"rows": float(sum(len(s) for s in logits))}
 
 

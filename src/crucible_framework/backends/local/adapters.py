@@ -124,7 +124,7 @@ def read_snapshot(checkpoint: Checkpoint, layers: Layers, head: str, device: tor
         return Snapshot(adapter=adapter)
     moments = _load(folder / OPTIMIZER, {prefix + name: shape for prefix in (FIRST, SECOND) for name, shape in shapes.items()}, device)
     first, second = ({name: moments[prefix + name] for name in shapes} for prefix in (FIRST, SECOND))
-    step, generator = _read_state(checkpoint, folder / STATE, device)
+    step, generator = _read_state(checkpoint, folder / STATE)
     return Snapshot(adapter=adapter, optimizer=AdamState(step=step, exp_avg=first, exp_avg_sq=second), generator=generator)
 
 
@@ -175,12 +175,12 @@ def _load(path: Path, shapes: Mapping[str, tuple[int, int]], device: torch.devic
     return {name: tensors[name].to(device, torch.float32) for name in shapes}
 
 
-def _read_state(checkpoint: Checkpoint, path: Path, device: torch.device) -> tuple[int, Tensor]:
+def _read_state(checkpoint: Checkpoint, path: Path) -> tuple[int, Tensor]:
     try:
         state = cast("dict[str, Json]", read_json(path))
         base, step, raw = str(state["base_model"]), int(cast("int", state["step"])), bytes.fromhex(str(state["dropout_generator"]))
         generator = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-        torch.Generator(device).set_state(generator)  # raises where it is none
+        torch.Generator().set_state(generator)  # raises where it is none
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptError(f"{str(path)!r} does not parse: {error!r}. Use an earlier checkpoint.") from error
     if (base, step) != (checkpoint.base_model, checkpoint.step):

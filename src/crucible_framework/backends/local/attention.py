@@ -46,6 +46,8 @@ def _wide(x: Tensor, groups: int) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)  # CUDA's kernels refuse another dtype, or misread it
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 

@@ -129,7 +129,7 @@ class LocalBackend:
         """
         base = self._base(base_model)
         adapter = init_adapter(tensor_shapes(base.layers, layer_names(base.layers, lora, base.head), lora.rank), lora.seed, self._device)
-        masks = torch.Generator(self._device).manual_seed(lora.seed + 2**32)  # other numbers than those the adapter was drawn from
+        masks = torch.Generator().manual_seed(lora.seed + 2**32)  # other numbers than those the adapter was drawn from
         start = Snapshot(adapter=adapter, optimizer=fresh(adapter), generator=masks.get_state())
         return self._session(base, base_model, lora, start)
 

@@ -8,6 +8,7 @@ the output layer applied to the last hidden state (Llama, Qwen, Mistral, SmolLM,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict, cast
 
@@ -163,14 +164,21 @@ def _folder(name: str) -> Path | None:
     return None
 
 
-def locate(name: str, cache: Path, device_bytes: int | None) -> Path:
-    """The folder with a model's files, made or downloaded where it must be. `device_bytes` is the size of a weight, None for the tokenizer alone."""
+def locate(name: str, cache: Path, item_bytes: int | None, device: torch.device | None = None) -> Path:
+    """The folder with a model's files, made or downloaded where it must be.
+
+    Args:
+        name: a canonical name.
+        cache: where `smollm2-135m` is kept.
+        item_bytes: size of a weight; None for the tokenizer alone.
+        device: that the weights must fit on before they are downloaded.
+    """
     if (folder := _folder(name)) is not None:
         return folder
     if name in ALIASES:
         return smollm.folder(cache)
     if name.count("/") == 1:
-        return snapshot(name, device_bytes, check_memory)
+        return snapshot(name, item_bytes, partial(check_memory, device=device))
     raise UnknownNameError("base model", name, (TINY, SMOLLM), fix="A Hugging Face id ('organisation/name') or a folder works too.")
 
 
@@ -208,7 +216,7 @@ def load_base(
         ConfigError: a folder that is not there or is no model, or a model whose logits the engine would compute wrongly.
         ServiceError, AuthError: the hub cannot be reached, or refuses.
         CorruptError: files are broken.
-        BackendError: the weights do not fit into memory.
+        BackendError: the weights do not fit into memory, or into the GPU's.
     """
     with span("model.loaded", model=name) as opened:
         model, source, tokenizer, kind = _read(name, cache, dtype, device, modules=engine == "plain")
@@ -252,7 +260,7 @@ def _read(name: str, cache: Path, dtype: torch.dtype | None, device: torch.devic
         kind = dtype or fitting_dtype(0, device)
         return tiny_model(kind, modules=modules), TINY, ByteTokenizer(), kind
     with storage_errors(cache, "read"):
-        folder = locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16])
+        folder = locate(name, cache, ITEM_BYTES[dtype or torch.bfloat16], device)
     kind = dtype or fitting_dtype(weights_in(folder), device)
-    model = read_folder(folder, name, kind, cache=None if modules else cache, ours=name in ALIASES)
+    model = read_folder(folder, name, kind, cache=None if modules else cache, ours=name in ALIASES, device=device)
     return model, smollm.HUB_ID if name in ALIASES else name, HuggingFaceTokenizer(folder, name), kind

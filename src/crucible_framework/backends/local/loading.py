@@ -77,7 +77,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, *, modules: bool = True) -> n
     return model.eval()
 
 
-def read_folder(folder: Path, name: str, dtype: torch.dtype, *, cache: Path | None, ours: bool) -> nn.Module:
+def read_folder(folder: Path, name: str, dtype: torch.dtype, *, cache: Path | None, ours: bool, device: torch.device | None = None) -> nn.Module:
     """The model of a Hugging Face folder.
 
     Args:
@@ -86,6 +86,7 @@ def read_folder(folder: Path, name: str, dtype: torch.dtype, *, cache: Path | No
         dtype: of the weights.
         cache: where prepared weights are kept; None: transformers' modules are asked for, which can compute by themselves.
         ours: whether the folder stands in our cache: bytes that were found whole are then not read again until a file's time or size changes.
+        device: that the weights must fit on as well; they are not put there.
 
     Raises:
         ConfigError: no config.json, or an architecture that transformers does not know.
@@ -101,7 +102,7 @@ def read_folder(folder: Path, name: str, dtype: torch.dtype, *, cache: Path | No
             _verify(folder, remember=ours)
         except CorruptError as error:
             raise CorruptError(f"The model {name!r} is damaged: {error} Delete that folder: it is made again.") from error
-    check_memory(name, weights_in(folder) * ITEM_BYTES[dtype])
+    check_memory(name, weights_in(folder) * ITEM_BYTES[dtype], device)
     plan = None if cache is None else known(config)
     try:
         state = None if plan is None or cache is None else prepared_weights(folder, plan, dtype, cache)
@@ -191,6 +192,8 @@ def hidden_by_modules(model: nn.Module, ids: Tensor, cache: Cache | None = None,
     backbone = cast("Callable[[], nn.Module]", model.get_decoder)()
     key = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"  # renamed in transformers 5
     given = {key: cache} if cache is not None else {}
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(next(backbone.parameters()).dtype)  # CUDA's kernels of attention refuse another
     return cast("Tensor", backbone(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=cache is not None, **given).last_hidden_state)
 
 

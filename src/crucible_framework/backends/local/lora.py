@@ -58,7 +58,7 @@ class Active:
         adapter: tensors by PEFT name.
         scale: alpha / rank.
         dropout: probability with which an input of the adapter is zeroed, to 1 / 65,536; layers that read the same input share a mask.
-        generator: draws the seed of every pass; None: no dropout.
+        generator: the processor's, draws the seed of every pass; None: no dropout.
         note: collects the gradient norm of each example in a backward pass.
         serial: another number for every one.
     """
@@ -97,8 +97,7 @@ class Active:
     def begin(self) -> int:
         """The seed of a new pass through the model."""
         if self.drops:
-            generator = self.generator
-            self._seed = int(torch.randint(2**63 - 1, (), generator=generator, device=None if generator is None else generator.device))
+            self._seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
             self._begun = True
             self._seen.clear()
         return self._seed

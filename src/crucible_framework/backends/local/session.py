@@ -79,7 +79,7 @@ class LocalSession:
         self._engine, self._closed = engine, False
         self._adapter = snapshot.adapter
         self._optimizer: AdamState = snapshot.optimizer
-        self._generator = torch.Generator(base.device)
+        self._generator = torch.Generator()  # on the processor whatever the device: a checkpoint goes on anywhere
         self._generator.set_state(snapshot.generator)
         self._gradients: dict[str, Tensor] = {}
         self._failure: Exception | None = None

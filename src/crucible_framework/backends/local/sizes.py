@@ -13,7 +13,7 @@ import torch
 
 from ...errors import BackendError, CorruptError
 
-__all__ = ["ITEM_BYTES", "allocation_cost", "available_bytes", "check_memory", "fast_bf16", "fitting_dtype", "room_to_pack", "weights_in"]
+__all__ = ["ITEM_BYTES", "allocation_cost", "available_bytes", "check_memory", "fast_bf16", "fitting_dtype", "gpu_bytes", "room_to_pack", "weights_in"]
 
 ITEM_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 SMALL = 16_000_000
@@ -29,14 +29,22 @@ def available_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def check_memory(name: str, need: int) -> None:
-    """Raises BackendError where a model's weights need more bytes than can be had."""
-    have = available_bytes()
-    if have is not None and need > have:
-        raise BackendError(
-            f"{name!r} needs {need / 2**30:.1f} GiB for its weights; {have / 2**30:.1f} GiB of memory are free. "
-            f"Choose a smaller model ('smollm2-135m' needs 0.3), dtype='bfloat16', or a machine with more memory."
-        )
+def gpu_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on a GPU, also what torch holds there and does not use; None for other devices."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def check_memory(name: str, need: int, device: torch.device | None = None) -> None:
+    """Raises BackendError where a model's weights need more bytes than can be had: of the processor's memory, through which they go, and of the device's."""
+    places = {"memory": available_bytes(), "the GPU's memory": None if device is None else gpu_bytes(device)}
+    for place, have in places.items():
+        if have is not None and need > have:
+            raise BackendError(
+                f"{name!r} needs {need / 2**30:.1f} GiB for its weights; {have / 2**30:.1f} GiB of {place} are free. "
+                f"Choose a smaller model ('smollm2-135m' needs 0.3), dtype='bfloat16', or a machine with more memory."
+            )
 
 
 def weights_in(folder: Path) -> int:
