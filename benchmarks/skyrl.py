@@ -1,6 +1,6 @@
 """LoRA training steps of the local engine beside the same steps of SkyRL's JAX backend, which speaks Tinker's protocol too.
 
-usage: python benchmarks/skyrl.py [--rounds 5] [--dtypes float32 bfloat16] [--core N] [--save NAME]
+usage: python benchmarks/skyrl.py [--rounds 5] [--dtypes float32 bfloat16] [--core N] [--save NAME]      15 minutes, 16 GB
 
 SkyRL wants another Python environment than Crucible does; it needs no GPU:
 
@@ -153,35 +153,36 @@ def compare(steps: dict[str, Step], rounds: int) -> dict[str, Any]:
     }
 
 
-def summary(cpu_s: dict[str, Sequence[float]], tokens: int) -> dict[str, Any]:
-    """Tokens per CPU second of each, and how many times faster ours is than the better SkyRL."""
-    rates = {name: tokens / statistics.median(seconds) for name, seconds in cpu_s.items()}
-    best = max((name for name in rates if name.startswith("skyrl")), key=lambda name: rates[name])
+def summary(found: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Tokens per CPU second of each, and how many times faster ours is than the better SkyRL, in the rounds that they shared."""
+    rates = [{name: tokens / statistics.median(seconds) for name, seconds in one["cpu_s"].items()} for one in found]
+    speeds = [next(rate for name, rate in one.items() if name.startswith("skyrl")) for one in rates]
+    there = speeds.index(max(speeds))
+    best = next(name for name in rates[there] if name.startswith("skyrl"))
+    cpu_s = found[there]["cpu_s"]
     ratios = {name: [theirs / own for own, theirs in zip(seconds, cpu_s[best], strict=True)] for name, seconds in cpu_s.items() if name.startswith("crucible")}
     return {"tokens_per_s": rates, "best": best, "ratios": ratios, "ratio": {name: statistics.median(some) for name, some in ratios.items()}}
 
 
 def measure(given: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Per batch what `compare` and `summary` find, and what SkyRL says of itself."""
-    folder, found = locate(given.model, places().cache, None), {}
-    backends = {dtype: cf.connect("local", dtype=dtype, threads=1) for dtype in given.dtypes}
-    workers = {dtype: SkyRL(given.skyrl, folder, given.core, dtype) for dtype in given.dtypes}
-    try:
-        for name, batch in batches().items():
-            print(f"\n{name}", flush=True)
-            steps: dict[str, Step] = {}
-            for dtype in given.dtypes:
-                workers[dtype].ask(do="renew")
-                steps[f"crucible {dtype}"] = ours(backends[dtype].train(given.model, LORA), batch)
-                steps[f"skyrl {dtype}"] = workers[dtype].step(batch)
-            found[name] = compare(steps, given.rounds)
-            found[name] |= summary(found[name]["cpu_s"], batch.tokens)
-    finally:
-        for worker in workers.values():
-            worker.close()
-        for backend in backends.values():
-            backend.close()
-    return found, [worker.about for worker in workers.values()]
+    """Per batch what `compare` finds beside SkyRL in each dtype, with the summary, and what SkyRL says of itself."""
+    folder, found, about = locate(given.model, places().cache, None), dict[str, Any](), list[dict[str, Any]]()
+    backends = {dtype: cf.connect("local", dtype=dtype, threads=1) for dtype in AGREE}
+    for name, batch in batches().items():
+        runs = list[dict[str, Any]]()
+        for dtype in given.dtypes:  # one SkyRL at a time: the second batch takes one of them 14 GB
+            print(f"\n{name}, SkyRL in {dtype}", flush=True)
+            worker = SkyRL(given.skyrl, folder, given.core, dtype)
+            try:
+                steps = {f"crucible {own}": ours(backend.train(given.model, LORA), batch) for own, backend in backends.items()}
+                runs.append(compare({**steps, f"skyrl {dtype}": worker.step(batch)}, given.rounds))
+            finally:
+                worker.close()
+            about.append(worker.about)
+        found[name] = {"runs": runs, **summary(runs, batch.tokens)}
+    for backend in backends.values():
+        backend.close()
+    return found, about
 
 
 def main() -> None:
@@ -189,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtypes", nargs="+", choices=list(AGREE), default=list(AGREE))
+    parser.add_argument("--dtypes", nargs="+", choices=list(AGREE), default=list(AGREE), help="of SkyRL; ours runs in both")
     parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)), help="that SkyRL is held to")
     parser.add_argument("--skyrl", type=Path, default=places().cache / "skyrl" / "bin" / "python", metavar="PYTHON", help="that has skyrl-tx")
     parser.add_argument("--save", metavar="NAME")
@@ -204,7 +205,8 @@ def main() -> None:
     found, skyrl = measure(given)
     print(f"\n{given.model}, one thread, {given.rounds} rounds, torch {torch.__version__}, {skyrl}")
     for batch, one in found.items():
-        print(f"\n{batch}: tokens per CPU second " + ", ".join(f"{name} {rate:.0f}" for name, rate in one["tokens_per_s"].items()))
+        for rates in one["tokens_per_s"]:
+            print(f"\n{batch}: tokens per CPU second " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()))
         for name, ratios in one["ratios"].items():
             print(f"{name} is {one['ratio'][name]:.2f} times as fast as {one['best']} ({min(ratios):.2f} to {max(ratios):.2f})")
     if given.save:

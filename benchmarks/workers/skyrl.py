@@ -57,14 +57,7 @@ class Worker:
         self.types: Any = importlib.import_module("tx.tinker.types")
         config = jax_backend.JaxBackendConfig(max_lora_adapters=2, max_lora_rank=given["rank"])
         self.backend: Any = jax_backend.JaxBackend(str(folder), config)
-        self.lora = self.types.LoraConfig(rank=given["rank"], alpha=given["alpha"], seed=0)
-        self.backend.create_model(MODEL, self.lora)
-
-    def renew(self) -> dict[str, Any]:
-        """A new adapter in the place of the old one."""
-        self.backend.delete_model(MODEL)
-        self.backend.create_model(MODEL, self.lora)
-        return {}
+        self.backend.create_model(MODEL, self.types.LoraConfig(rank=given["rank"], alpha=given["alpha"], seed=0))
 
     def about(self) -> dict[str, Any]:
         """Versions, and what is trained."""
@@ -108,7 +101,7 @@ def main() -> None:
         scratch = Path(name)
         worker = Worker(readable(Path(given["folder"]), given["dtype"], scratch), given)
         answer(worker.about())
-        known: dict[str, Callable[..., dict[str, Any]]] = {"step": worker.step, "renew": worker.renew}
+        known: dict[str, Callable[..., dict[str, Any]]] = {"step": worker.step}
         for line in sys.stdin:
             request = json.loads(line)
             answer(timed(known[request.pop("do")], **request))
