@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from crucible_framework.errors import ConfigError, DataError, NotFoundError
 from crucible_framework.evaluation import EmbeddingSimilarity, NliModel, Outcome, validate
-from crucible_framework.evaluation.entailment import label_order
+from crucible_framework.evaluation.encoders import label_order
 from crucible_framework.records import Example
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "coffee", "tea", "milk", "delays", "sleep", "not", "a", "the", "by", "minutes"]

@@ -22,7 +22,8 @@ from .claims import (
     polarity_conflict,
     topology,
 )
-from .entailment import BySentence, EmbeddingSimilarity, Entailment, Inference, LexicalEntailment, LexicalSimilarity, NliModel, Similarity
+from .encoders import EmbeddingSimilarity, NliModel
+from .entailment import BySentence, Entailment, Inference, LexicalEntailment, LexicalSimilarity, Similarity
 from .evaluate import GREEDY, evaluate
 from .labels import DEFAULT_LABELS, labels_of, stated_label, target_label
 from .persistence import Bar, Persistence, claim_persistence, longest_hole, persistence, total_persistence
