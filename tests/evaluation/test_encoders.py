@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import permutations
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -260,3 +266,68 @@ def test_models_validate_claims(folder: Path) -> None:
     assert (found["entailment"].judge, found["similarity"].judge) == (str(folder), str(folder))
     assert found["similarity"].outcome is Outcome.PASSED
     assert len(found["entailment"].checks) == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------- hub
+class Hub(ThreadingHTTPServer):
+    """The files of the folders in a folder, as the hub gives those of the repositories "me/FOLDER"."""
+
+    def __init__(self, folder: Path) -> None:
+        self.asked: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                found = re.fullmatch(r"/me/(\w+)/resolve/\w+/([^?]+)(\?.*)?", self.path)
+                hub.asked.append(self.path)
+                file = folder / found[1] / found[2] if found else folder
+                there = file.is_file()
+                data = file.read_bytes() if there else b"{}"
+                self.send_response(200 if there else 404)
+                told = {"X-Repo-Commit": "a" * 40, "ETag": f'"{sha256(data).hexdigest()}"', **({} if there else {"X-Error-Code": "EntryNotFound"})}
+                for key, value in {"Content-Length": str(len(data)), **told}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+def asked_by_name(hub: Hub, tmp_path: Path, code: str, **settings: str) -> str:
+    """The client reads its address when it is imported, so it gets a process of its own."""
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path),
+        "PATH": "", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", **settings,
+    }  # fmt: skip
+    start = "from crucible_framework.evaluation import EmbeddingSimilarity\n"
+    done = subprocess.run([sys.executable, "-c", start + code], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_pooling_of_a_model_on_the_hub_comes_with_it_and_stays(tmp_path: Path) -> None:
+    pair = ("coffee delays sleep", "milk")
+    save_sentence_encoder(tmp_path / "hub" / "cls", {"pooling_mode": "cls"}, types=("Transformer", "Pooling"))
+    save_headless(tmp_path / "hub" / "plain")
+    ask = f"for name in ('me/cls', 'me/plain'):\n    print(EmbeddingSimilarity(name)([{pair!r}])[0])"
+    with Hub(tmp_path / "hub") as hub:
+        thread = Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            online = asked_by_name(hub, tmp_path, ask)
+        finally:
+            hub.shutdown()
+            thread.join()
+    expected = [plain_cosines(tmp_path / "hub" / mode, how, [pair])[0] for mode, how in (("cls", "cls"), ("plain", "mean"))]
+    assert [float(line) for line in online.split()] == pytest.approx(expected, abs=1e-5)
+    asked = len(hub.asked)
+    assert asked_by_name(hub, tmp_path, ask, CRUCIBLE_OFFLINE="1") == online, "with the hub gone, also that the second has no such files"
+    assert len(hub.asked) == asked
