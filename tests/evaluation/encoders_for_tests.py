@@ -37,7 +37,7 @@ def save(folder: Path, labels: tuple[str, ...] = LABELS, **settings: object) -> 
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**shape(labels, **settings)))
     if sorted(labels) == sorted(LABELS):
-        head = torch.randn((3, 16), generator=torch.Generator().manual_seed(1))
+        head = torch.randn((3, 16), generator=torch.Generator().manual_seed(1)) / 4
         with torch.no_grad():
             model.classifier.weight.copy_(head[[LABELS.index(label) for label in labels]])
     model.save_pretrained(folder)
