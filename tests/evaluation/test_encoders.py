@@ -101,9 +101,11 @@ def test_what_stands_at_the_end_of_a_long_premise_is_seen(folder: Path) -> None:
     filler, most = max(((word, judge([(f"{word} " * room, hypothesis)])[0].neutral) for word in FILLERS), key=lambda pair: pair[1])
     fact, least = min(((word, judge([(f"{word} " * room, hypothesis)])[0].neutral) for word in FILLERS), key=lambda pair: pair[1])
     assert most - least > 0.05, "the two can be told apart"
-    (alone,) = judge([(f"{fact} " * room, hypothesis)])
-    (found,) = judge([(f"{filler} " * 500 + f"{fact} " * room * 2, hypothesis)])
-    assert found.neutral == pytest.approx(alone.neutral, abs=1e-6)
+    half = room // 2
+    last = judge([(f"{filler} " * half + f"{fact} " * half, hypothesis), (f"{fact} " * room, hypothesis)])
+    (found,) = judge([(f"{filler} " * half * 20 + f"{fact} " * room, hypothesis)])
+    assert found.neutral == pytest.approx(min(one.neutral for one in last), abs=1e-6)
+    assert found.neutral < most - 0.05, "cut at its end, the premise would be all filler"
 
 
 def test_a_claim_that_leaves_no_room_is_refused(folder: Path) -> None:
