@@ -243,6 +243,8 @@ def test_length_and_folder_are_those_of_the_models_own_files(tmp_path: Path) -> 
     folder = save_sentence_encoder(tmp_path / "encoder", {"pooling_mode_mean_tokens": True}, inner="0_Transformer", length=5)
     assert EmbeddingSimilarity(folder)([("coffee tea milk", "coffee tea milk not sleep")])[0] == pytest.approx(1)
     assert EmbeddingSimilarity(folder, max_length=20)([("coffee tea milk", "coffee tea milk not sleep")])[0] < 0.999
+    longer = save_sentence_encoder(tmp_path / "longer", {"pooling_mode_mean_tokens": True}, length=500)
+    assert EmbeddingSimilarity(longer)([("coffee " * 100, "coffee " * 200)])[0] == pytest.approx(1), "the model has 64 places, whatever the file says"
 
 
 @pytest.mark.parametrize(

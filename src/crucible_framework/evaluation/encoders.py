@@ -70,7 +70,7 @@ def _not_loaded(name: str, error: Exception) -> NotFoundError:
 class _Encoder:
     """A model with its tokenizer. Tensors whose names begin with `spare` may be untrained; every other decides answers."""
 
-    def __init__(self, name: str, head: str, max_length: int | None, *, subfolder: str = "", spare: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, head: str, max_length: int | None, *, usual: int = _CAP, subfolder: str = "", spare: tuple[str, ...] = ()) -> None:
         transformers = _transformers(name)
         from ..backends.local.loading import quiet
 
@@ -99,7 +99,7 @@ class _Encoder:
         most = self._reads()
         if max_length is not None and not 1 <= max_length <= most:
             raise ConfigError(f"max_length is {max_length} tokens; {name!r} reads 1 to {most}. Change it, or leave it out.")
-        self.max_length = min(most, _CAP) if max_length is None else max_length
+        self.max_length = min(most, usual) if max_length is None else max_length
         one_type = getattr(self.model.config, "type_vocab_size", 2) < 2
         self._takes = inspect.signature(self.model.forward).parameters.keys() - ({"token_type_ids"} if one_type else set())
         self._lock = threading.Lock()  # a call sets the fast tokenizer's truncation, which fails ("Already borrowed") while another call encodes
@@ -197,7 +197,7 @@ class _Layout:
 
     pooling: str = "mean"
     subfolder: str = ""
-    max_length: int | None = None
+    max_length: int = _CAP
 
 
 def _beside(name: str, file: str) -> Json:
@@ -243,7 +243,7 @@ def _layout(name: str) -> _Layout:
     _transformers(name)
     modules = _beside(name, "modules.json")
     if modules is None:
-        return _Layout(max_length=_seq_length(name, ""))
+        return _Layout()
     listed = [module for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     paths = {str(module.get("type")).rpartition(".")[2]: str(module.get("path") or "") for module in listed}
     if not {"Transformer", "Pooling"} <= paths.keys() <= {"Transformer", "Pooling", "Normalize"}:
@@ -256,12 +256,9 @@ def _layout(name: str) -> _Layout:
     modes = [str(mode).removesuffix("_tokens").removesuffix("_token") for mode in (given if isinstance(given, list) else [given])]
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise ConfigError(f"The encoder {name!r} pools by {', '.join(modes) or 'nothing'}; expected one of {', '.join(_POOLING)}. Take another encoder.")
-    return _Layout(pooling=modes[0], subfolder=paths["Transformer"], max_length=_seq_length(name, paths["Transformer"]))
-
-
-def _seq_length(name: str, subfolder: str) -> int | None:
-    length = _object(name, f"{subfolder}/sentence_bert_config.json".lstrip("/")).get("max_seq_length")
-    return length if isinstance(length, int) else None
+    inner = paths["Transformer"]
+    length = _object(name, f"{inner}/sentence_bert_config.json".lstrip("/")).get("max_seq_length")
+    return _Layout(pooling=modes[0], subfolder=inner, max_length=length if isinstance(length, int) and length > 0 else _CAP)
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -300,7 +297,7 @@ class EmbeddingSimilarity:
     def __init__(self, name: str | Path, *, max_length: int | None = None) -> None:
         layout = _layout(str(name))
         self._pool = _POOLING[layout.pooling]
-        self._encoder = _Encoder(str(name), "AutoModel", max_length or layout.max_length, subfolder=layout.subfolder, spare=("pooler.",))
+        self._encoder = _Encoder(str(name), "AutoModel", max_length, usual=layout.max_length, subfolder=layout.subfolder, spare=("pooler.",))
 
     @property
     def name(self) -> str:
