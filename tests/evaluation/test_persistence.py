@@ -20,6 +20,7 @@ from crucible_framework.evaluation import (
     longest_hole,
     parse_claims,
     persistence,
+    persistence_scorers,
     scorers,
     topology,
     total_persistence,
@@ -154,6 +155,9 @@ def test_without_trust_the_words_decide_and_every_pair_closes_the_ring() -> None
             return [1.5] * len(pairs)  # a judge may go a little over 1
 
     assert claim_persistence(claims, similarity=Same()).longest_hole == Bar(dimension=1, birth=0.0, death=math.inf)
+    hole, total = persistence_scorers(Same())
+    found = [score(EXAMPLE, said(RING)) for score in (hole, total)]
+    assert [(score.name, score.value) for score in found] == [("longest_hole", 1.0), ("total_persistence", 0.0)]
 
 
 @needs_gudhi

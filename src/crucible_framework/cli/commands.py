@@ -14,7 +14,7 @@ from rich.console import Group
 from ..backends import connect
 from ..data import datasets as known_datasets
 from ..demo import run_demo
-from ..evaluation import BySentence, NliModel, attempt, compare, evaluate, usual_scorers, validation_scorers
+from ..evaluation import BySentence, EmbeddingSimilarity, NliModel, attempt, compare, evaluate, persistence_scorers, usual_scorers, validation_scorers
 from ..experiments import analyse
 from ..inference import ChoiceSampler
 from ..losses import losses as known_losses
@@ -101,9 +101,9 @@ def train(
 
 def score(
     model: str, /, *, dataset: str = "minifact", split: str = "test", task: str | None = None, limit: int | None = None, against: str | None = None,
-    scorers: list[str] | None = None, nli: str | None = None, choose: bool = False, perplexity: bool = False, max_tokens: int | None = None,
-    shots: int = 0, attempts: int = 1, k: str = "1", temperature: float = 0.8, unsafe_local: bool = False, folder: Path | None = None,
-    backend: str = "local",
+    scorers: list[str] | None = None, nli: str | None = None, similarity: str | None = None, choose: bool = False, perplexity: bool = False,
+    max_tokens: int | None = None, shots: int = 0, attempts: int = 1, k: str = "1", temperature: float = 0.8, unsafe_local: bool = False,
+    folder: Path | None = None, backend: str = "local",
 ) -> Reply:  # fmt: skip
     """Score a model on a data set, alone or paired with another.
 
@@ -115,7 +115,8 @@ def score(
         limit: the first examples only.
         against: a second model that answers the same examples; the difference is model − against.
         scorers: names; where none is given, `label_accuracy`, and those of claims for the task "extract".
-        nli: a Hugging Face cross-encoder that judges whether documents bear claims out, in four more scores.
+        nli: a Hugging Face cross-encoder that judges whether documents bear claims out, in five more scores.
+        similarity: a Hugging Face sentence encoder that judges how near claims are to the target's, in the same scores, and in those of persistence.
         choose: the answer is the label that the model finds likeliest, instead of what it writes.
         perplexity: also the targets' perplexity.
         max_tokens: tokens per answer at the most, 32 where nothing is said and 512 for the task "extract"; answers are greedy, but for attempts.
@@ -128,8 +129,11 @@ def score(
         backend: local or fake.
     """
     rows = load_rows(DataChoice(name=dataset, task=task, limit=limit), split, shots)
-    asked: tuple[str | Scorer, ...] = (*runnable(scorers or list(usual_scorers(rows)), unsafe=unsafe_local),)
-    asked += validation_scorers(entailment=BySentence(NliModel(nli))) if nli else ()
+    names = runnable(scorers or list(usual_scorers(rows)), unsafe=unsafe_local)
+    bears, alike = BySentence(NliModel(nli)) if nli else None, EmbeddingSimilarity(similarity) if similarity else None
+    judged: dict[str, Scorer] = dict(zip(("longest_hole", "total_persistence"), persistence_scorers(alike), strict=True)) if alike else {}
+    asked: tuple[str | Scorer, ...] = tuple(judged.get(name, name) for name in names)
+    asked += validation_scorers(entailment=bears, similarity=alike) if bears or alike else ()
     most = max_tokens or (512 if rows.card.task == "extract" else 32)
     if attempts > 1:
         drawn = SamplingParams(max_tokens=most, temperature=temperature, top_p=0.95, seed=0)

@@ -22,10 +22,11 @@ from .claims import (
     polarity_conflict,
     topology,
 )
-from .entailment import BySentence, EmbeddingSimilarity, Entailment, Inference, LexicalEntailment, LexicalSimilarity, NliModel, Similarity
+from .encoders import EmbeddingSimilarity, NliModel
+from .entailment import BySentence, Entailment, Inference, LexicalEntailment, LexicalSimilarity, Similarity
 from .evaluate import GREEDY, evaluate
 from .labels import DEFAULT_LABELS, labels_of, stated_label, target_label
-from .persistence import Bar, Persistence, claim_persistence, longest_hole, persistence, total_persistence
+from .persistence import Bar, Persistence, claim_persistence, longest_hole, persistence, persistence_scorers, total_persistence
 from .quality import CLAIM_TARGETS, Gate, Shortfall, Target, check_quality, monitor, parse_target
 from .results import baselines, compare, load_evaluation
 from .sandbox import require_sandbox
@@ -97,6 +98,7 @@ __all__ = [
     "parse_target",
     "pass_at_k",
     "persistence",
+    "persistence_scorers",
     "polarity_conflict",
     "require_sandbox",
     "schema_compliance",

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
 from types import ModuleType
 from typing import Literal, Protocol, TypeVar, cast
 
 from ..errors import ConfigError, DataError
+from ..protocols import Scorer
 from ..records import Completion, Example, Score, record
 from .claims import Claims, parse_claims
 from .entailment import LexicalSimilarity, Similarity
 
-__all__ = ["Bar", "Persistence", "claim_persistence", "longest_hole", "persistence", "total_persistence"]
+__all__ = ["Bar", "Persistence", "claim_persistence", "longest_hole", "persistence", "persistence_scorers", "total_persistence"]
 
 N = TypeVar("N", bound=Hashable)
 
@@ -151,8 +152,8 @@ def claim_persistence(
 
 
 # -------------------------------------------------------------------------------------------------------------- scorers
-def longest_hole(example: Example, completion: Completion) -> Score:
-    """How long the longest hole of the completion's claim graph stays, by word-count similarity, in [0, 1]; 0 without one, None without a claim.
+def longest_hole(example: Example, completion: Completion, *, similarity: Similarity | None = None) -> Score:
+    """How long the longest hole of the completion's claim graph stays, by word counts or a judge, in [0, 1]; 0 without one, None without a claim.
 
     One that stays to the end counts up to the greatest distance, 1.
     """
@@ -160,15 +161,28 @@ def longest_hole(example: Example, completion: Completion) -> Score:
     found = parse_claims(completion.text)
     if not found.claims:
         return Score(name="longest_hole", value=None, detail="no claim")
-    hole = claim_persistence(found).longest_hole
+    hole = claim_persistence(found, similarity=similarity).longest_hole
     return Score(name="longest_hole", value=0.0 if hole is None else min(1.0, hole.death) - hole.birth)
 
 
-def total_persistence(example: Example, completion: Completion) -> Score:
-    """`Persistence.total` of the completion's claim graph, by word-count similarity: how far its relations reach in words; None without a claim."""
+def total_persistence(example: Example, completion: Completion, *, similarity: Similarity | None = None) -> Score:
+    """`Persistence.total` of the completion's claim graph, by word counts or a judge: how far its relations reach; None without a claim."""
     del example
     found = parse_claims(completion.text)
     if not found.claims:
         return Score(name="total_persistence", value=None, detail="no claim")
-    shape = claim_persistence(found)
+    shape = claim_persistence(found, similarity=similarity)
     return Score(name="total_persistence", value=shape.total, detail=f"{shape.betti[0]} parts, {shape.betti[1]} holes")
+
+
+def persistence_scorers(similarity: Similarity) -> tuple[Scorer, Scorer]:
+    """Scorers "longest_hole" and "total_persistence" by a judge's similarity, for `evaluate`."""
+
+    def judged(scorer: Callable[..., Score]) -> Scorer:
+        def score(example: Example, completion: Completion) -> Score:
+            return scorer(example, completion, similarity=similarity)
+
+        score.__name__, score.__qualname__ = scorer.__name__, f"{scorer.__name__} ({similarity.name})"  # the plan of an evaluation knows it by this
+        return score
+
+    return judged(longest_hole), judged(total_persistence)
