@@ -6,21 +6,29 @@
 
 // ------------------------------------------------------------------------------------------------------------ vectors
 // The sums of O vectors for each of R rows.
-template <int O, int R, class V> static inline void sums(const V (&acc)[O][R], float* c, int stride) {
+// A loop whose index is a constant in each turn, so that arrays of vectors become registers.
+#define CONSTANT __attribute__((always_inline))
+template <int N, class F> CONSTANT static inline void unrolled(const F& f) {
+    if constexpr (N > 0) unrolled<N - 1>(f), f(std::integral_constant<int, N - 1>{});
+}
+template <int O, int R, class V> CONSTANT static inline void sums(const V (&acc)[O][R], float* c, int stride) {
 #if defined(__AVX512F__)
-    for (int r = 0; r < R; r++)
-        for (int o = 0; o < O; o += 4) {
-            const __m512 v0 = (__m512)acc[o][r], v1 = (__m512)acc[o + 1][r], v2 = (__m512)acc[o + 2][r], v3 = (__m512)acc[o + 3][r];
+    unrolled<R>([&](auto r) CONSTANT {
+        unrolled<O / 4>([&](auto o) CONSTANT {
+            const __m512 v0 = (__m512)acc[o * 4][r], v1 = (__m512)acc[o * 4 + 1][r], v2 = (__m512)acc[o * 4 + 2][r], v3 = (__m512)acc[o * 4 + 3][r];
             const __m512d low = (__m512d)(_mm512_unpacklo_ps(v0, v1) + _mm512_unpackhi_ps(v0, v1));
             const __m512d high = (__m512d)(_mm512_unpacklo_ps(v2, v3) + _mm512_unpackhi_ps(v2, v3));
             const __m512 four = (__m512)_mm512_unpacklo_pd(low, high) + (__m512)_mm512_unpackhi_pd(low, high);
             const __m256 two = _mm512_castps512_ps256(four) + _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)four, 1));
-            _mm_storeu_ps(c + r * stride + o, _mm256_castps256_ps128(two) + _mm256_extractf128_ps(two, 1));
-        }
+            _mm_storeu_ps(c + r * stride + o * 4, _mm256_castps256_ps128(two) + _mm256_extractf128_ps(two, 1));
+        });
+    });
 #else
-    for (int o = 0; o < O; o++)
-        for (int r = 0; r < R; r++) c[r * stride + o] = sum(acc[o][r]);
+    unrolled<O>([&](auto o) CONSTANT { unrolled<R>([&](auto r) CONSTANT { c[r * stride + o] = sum(acc[o][r]); }); });
 #endif
+}
+template <int O, int R, class V> CONSTANT static inline void clear(V (&acc)[O][R]) {
+    unrolled<O>([&](auto o) CONSTANT { unrolled<R>([&](auto r) CONSTANT { acc[o][r] = V{}; }); });
 }
 
 // Rows of a few hundred bytes end before the processor has seen where they lead, so those 16 further on are asked for: by the first block of
@@ -41,10 +49,6 @@ template <class W, int O, int R> struct Ahead {
     }
 };
 
-template <int O, int R, class V> static inline void clear(V (&acc)[O][R]) {  // gcc would call memset
-    for (int o = 0; o < O; o++)
-        for (int r = 0; r < R; r++) acc[o][r] = V{};
-}
 template <class W, int O, int R> static inline void dots(const W* const* w, const float* x, int width, float* c, int stride, int block, int count) {
     Lane acc[O][R];
     clear(acc);
@@ -53,11 +57,11 @@ template <class W, int O, int R> static inline void dots(const W* const* w, cons
     for (; k + LANES <= width; k += LANES) {
         ahead.step(LANES);
         Lane v[R];
-        for (int r = 0; r < R; r++) v[r] = lane(x + (size_t)r * width + k);
-        for (int o = 0; o < O; o++) {
-            Lane one = lane(w[o] + k);
-            for (int r = 0; r < R; r++) acc[o][r] += one * v[r];
-        }
+        unrolled<R>([&](auto r) CONSTANT { v[r] = lane(x + (size_t)r * width + k); });
+        unrolled<O>([&](auto o) CONSTANT {
+            const Lane one = lane(w[o] + k);
+            unrolled<R>([&](auto r) CONSTANT { acc[o][r] += one * v[r]; });
+        });
     }
     sums<O, R>(acc, c, stride);
     for (int j = k; j < width; j++)
@@ -113,11 +117,11 @@ template <class W, int O, int R> static inline void dots(const W* const* w, cons
     for (; k + 32 <= width; k += 32) {
         ahead.step(32);
         __m512bh v[R];
-        for (int r = 0; r < R; r++) v[r] = halves(x + (size_t)r * width + k);
-        for (int o = 0; o < O; o++) {
-            __m512bh one = halves(w[o] + k);
-            for (int r = 0; r < R; r++) acc[o][r] = (Vec)_mm512_dpbf16_ps((__m512)acc[o][r], one, v[r]);
-        }
+        unrolled<R>([&](auto r) CONSTANT { v[r] = halves(x + (size_t)r * width + k); });
+        unrolled<O>([&](auto o) CONSTANT {
+            const __m512bh one = halves(w[o] + k);
+            unrolled<R>([&](auto r) CONSTANT { acc[o][r] = (Vec)_mm512_dpbf16_ps((__m512)acc[o][r], one, v[r]); });
+        });
     }
     sums<O, R>(acc, c, stride);
     for (int j = k; j < width; j++)
