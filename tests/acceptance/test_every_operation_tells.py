@@ -298,6 +298,7 @@ OPERATIONS: dict[str, tuple[Case, set[str]]] = {
     "Artifacts.put, Artifacts.release, Artifacts.prune": (_artifacts, {"artifact.stored", "artifact.released", "artifact.removed"}),
     "Artifacts.download": (_download, {"artifact.stored"}),
     "Sampler.sample": (_asks(lambda sampler: sampler.sample("?", PARAMS).result()), {"inference.sample"}),
+    "Sampler.compute_logprobs": (_asks(lambda sampler: sampler.compute_logprobs("?", "no").result()), {"inference.logprobs"}),
     "generate": (_asks(lambda sampler: cf.generate(sampler, "?", PARAMS)), {"inference.sample"}),
     "Ensemble.ask, Ensemble.submit": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}).ask("?", PARAMS)),
                                       {"ensemble.request", "ensemble.member", "ensemble.vote", "inference.sample"}),
