@@ -114,7 +114,7 @@ def test_any_number_of_rows(folders: dict[str, str], tmp_path: Path, kind: str) 
     given = [rng.integers(3, 250, 3).tolist() for _ in range(35)]
     alone = [played(steps, [[(0, 2)], [(0, 1)]], [tokens], [actives[i % 3]])[1][0] for i, tokens in enumerate(given)]
     near = 1e-5 if kind == "float32" else 0.02
-    for count in (2, 4, 5, 8, 9, 15, 16, 17, 24, 25, 33, 35):
+    for count in (2, 3, 4, 5, 8, 9, 13, 15, 16, 17, 24, 25, 33, 35):
         asked = [actives[i % 3] for i in range(count)]
         order = sorted((i for i in range(count) if i != 3), key=lambda i: i % 3)  # neighbours of one adapter are a group; the fourth asks for no logits
         rows = played(steps, [[(i, 2) for i in order], [(i, 1) for i in order]], given[:count], asked)[1]

@@ -5,16 +5,16 @@
 #include "rows.h"
 
 // ------------------------------------------------------------------------------------------------------------ vectors
-// The sums of O vectors for each of R rows.
 // A loop whose index is a constant in each turn, so that arrays of vectors become registers.
-#define CONSTANT __attribute__((always_inline))
-template <int N, class F> CONSTANT static inline void unrolled(const F& f) {
+#define INLINED __attribute__((always_inline))
+template <int N, class F> INLINED static inline void unrolled(const F& f) {
     if constexpr (N > 0) unrolled<N - 1>(f), f(std::integral_constant<int, N - 1>{});
 }
-template <int O, int R, class V> CONSTANT static inline void sums(const V (&acc)[O][R], float* c, int stride) {
+// The sums of O vectors for each of R rows.
+template <int O, int R, class V> INLINED static inline void sums(const V (&acc)[O][R], float* c, int stride) {
 #if defined(__AVX512F__)
-    unrolled<R>([&](auto r) CONSTANT {
-        unrolled<O / 4>([&](auto o) CONSTANT {
+    unrolled<R>([&](auto r) INLINED {
+        unrolled<O / 4>([&](auto o) INLINED {
             const __m512 v0 = (__m512)acc[o * 4][r], v1 = (__m512)acc[o * 4 + 1][r], v2 = (__m512)acc[o * 4 + 2][r], v3 = (__m512)acc[o * 4 + 3][r];
             const __m512d low = (__m512d)(_mm512_unpacklo_ps(v0, v1) + _mm512_unpackhi_ps(v0, v1));
             const __m512d high = (__m512d)(_mm512_unpacklo_ps(v2, v3) + _mm512_unpackhi_ps(v2, v3));
@@ -24,11 +24,11 @@ template <int O, int R, class V> CONSTANT static inline void sums(const V (&acc)
         });
     });
 #else
-    unrolled<O>([&](auto o) CONSTANT { unrolled<R>([&](auto r) CONSTANT { c[r * stride + o] = sum(acc[o][r]); }); });
+    unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { c[r * stride + o] = sum(acc[o][r]); }); });
 #endif
 }
-template <int O, int R, class V> CONSTANT static inline void clear(V (&acc)[O][R]) {
-    unrolled<O>([&](auto o) CONSTANT { unrolled<R>([&](auto r) CONSTANT { acc[o][r] = V{}; }); });
+template <int O, int R, class V> INLINED static inline void clear(V (&acc)[O][R]) {
+    unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { acc[o][r] = V{}; }); });
 }
 
 // Rows of a few hundred bytes end before the processor has seen where they lead, so those 16 further on are asked for: by the first block of
@@ -57,10 +57,10 @@ template <class W, int O, int R> static inline void dots(const W* const* w, cons
     for (; k + LANES <= width; k += LANES) {
         ahead.step(LANES);
         Lane v[R];
-        unrolled<R>([&](auto r) CONSTANT { v[r] = lane(x + (size_t)r * width + k); });
-        unrolled<O>([&](auto o) CONSTANT {
+        unrolled<R>([&](auto r) INLINED { v[r] = lane(x + (size_t)r * width + k); });
+        unrolled<O>([&](auto o) INLINED {
             const Lane one = lane(w[o] + k);
-            unrolled<R>([&](auto r) CONSTANT { acc[o][r] += one * v[r]; });
+            unrolled<R>([&](auto r) INLINED { acc[o][r] += one * v[r]; });
         });
     }
     sums<O, R>(acc, c, stride);
@@ -117,10 +117,10 @@ template <class W, int O, int R> static inline void dots(const W* const* w, cons
     for (; k + 32 <= width; k += 32) {
         ahead.step(32);
         __m512bh v[R];
-        unrolled<R>([&](auto r) CONSTANT { v[r] = halves(x + (size_t)r * width + k); });
-        unrolled<O>([&](auto o) CONSTANT {
+        unrolled<R>([&](auto r) INLINED { v[r] = halves(x + (size_t)r * width + k); });
+        unrolled<O>([&](auto o) INLINED {
             const __m512bh one = halves(w[o] + k);
-            unrolled<R>([&](auto r) CONSTANT { acc[o][r] = (Vec)_mm512_dpbf16_ps((__m512)acc[o][r], one, v[r]); });
+            unrolled<R>([&](auto r) INLINED { acc[o][r] = (Vec)_mm512_dpbf16_ps((__m512)acc[o][r], one, v[r]); });
         });
     }
     sums<O, R>(acc, c, stride);
