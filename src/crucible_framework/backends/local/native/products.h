@@ -5,11 +5,6 @@
 #include "rows.h"
 
 // ------------------------------------------------------------------------------------------------------------ vectors
-// A loop whose index is a constant in each turn, so that arrays of vectors become registers.
-#define INLINED __attribute__((always_inline))
-template <int N, class F> INLINED static inline void unrolled(const F& f) {
-    if constexpr (N > 0) unrolled<N - 1>(f), f(std::integral_constant<int, N - 1>{});
-}
 // The sums of O vectors for each of R rows.
 template <int O, int R, class V> INLINED static inline void sums(const V (&acc)[O][R], float* c, int stride) {
 #if defined(__AVX512F__)
@@ -26,9 +21,6 @@ template <int O, int R, class V> INLINED static inline void sums(const V (&acc)[
 #else
     unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { c[r * stride + o] = sum(acc[o][r]); }); });
 #endif
-}
-template <int O, int R, class V> INLINED static inline void clear(V (&acc)[O][R]) {
-    unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { acc[o][r] = V{}; }); });
 }
 
 // Rows of a few hundred bytes end before the processor has seen where they lead, so those 16 further on are asked for: by the first block of

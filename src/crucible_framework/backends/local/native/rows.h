@@ -97,7 +97,7 @@ static inline bool allow_tiles() {
 static inline void open_tiles() {
     struct { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" : : "m"(config));  // gcc's own function reads 8 of the 64 bytes, and the others may never be written
 }
 #endif
 

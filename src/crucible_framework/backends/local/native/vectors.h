@@ -28,6 +28,15 @@ typedef uint32_t ULane __attribute__((vector_size(4 * LANES), aligned(4), may_al
 typedef uint16_t HLane __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int8_t BLane __attribute__((vector_size(LANES), aligned(1), may_alias));
 
+// A loop whose index is a constant in each turn, so that arrays of vectors become registers.
+#define INLINED __attribute__((always_inline))
+template <int N, class F> INLINED static inline void unrolled(const F& f) {
+    if constexpr (N > 0) unrolled<N - 1>(f), f(std::integral_constant<int, N - 1>{});
+}
+template <int O, int R, class V> INLINED static inline void clear(V (&acc)[O][R]) {
+    unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { acc[o][r] = V{}; }); });
+}
+
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
 
 static inline float number(float x) { return x; }
