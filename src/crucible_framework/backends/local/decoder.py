@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ...errors import ConfigError
 from .attention import SHORT, Attention, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
+from .linear import Linear
 from .lora import Active, LoraLinear, Mixed, Slot
 from .skeleton import FAMILIES
 from .walks import Span, Walks
@@ -53,7 +54,7 @@ class Joint:
     rows: tuple[tuple[str, int, int], ...]
 
     @classmethod
-    def of(cls, layers: Sequence[LoraLinear], *, pack: bool) -> Joint:
+    def of(cls, layers: Sequence[LoraLinear], *, pack: bool, linear: Linear | None) -> Joint:
         """Lays the layers' weights beside each other; the layers then hold views of the result."""
         first = layers[0].linear
         weight, bias = first.weight.detach(), None if first.bias is None else first.bias.detach()
@@ -67,7 +68,7 @@ class Joint:
                 bias = torch.cat([zero if layer.linear.bias is None else layer.linear.bias.detach() for layer, zero in zip(layers, zeros, strict=True)])
         ends = [sum(sizes[: place + 1]) for place in range(len(sizes))]
         rows = tuple((layer.name, end - size, end) for layer, end, size in zip(layers, ends, sizes, strict=True))
-        return cls(Frozen(weight, bias, pack=pack), rows)
+        return cls(Frozen(weight, bias, pack=pack, linear=linear), rows)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -189,7 +190,8 @@ class Decoder:
 
     def _layer(self, layer: nn.Module, *, pack: bool) -> _Layer:
         def joint(*names: str) -> Joint:
-            return Joint.of([cast("LoraLinear", layer.get_submodule(name)) for name in names], pack=pack)
+            layers = [cast("LoraLinear", layer.get_submodule(name)) for name in names]
+            return Joint.of(layers, pack=pack, linear=self.walks.linear if layers[0].weight.dtype == torch.bfloat16 else None)
 
         def norm(name: str) -> Tensor:
             return cast("Tensor", layer.get_submodule(name).weight).detach()
@@ -296,12 +298,12 @@ class Decoder:
             groups = active.groups
         else:
             rows = [] if active is None else [(low, high, active.pairs[name]) for name, low, high in joint.rows if name in active.pairs]
-            if active is not None and rows and not torch.is_grad_enabled() and not active.drops:
+            if active is not None and rows and not torch.is_grad_enabled() and not active.drops and step.panels(x) is None:
                 return _plain(step, x, residual, active.beside(joint.rows, joint.frozen.weight))
             found = [(low, high, (a, b, active.scale * active.raise_by)) for low, high, (a, b) in rows] if active is not None else []
             groups = ((active, 0, tokens),)
-        if not found:
-            return cast("Tensor", LoraMatmul.apply(x, residual, step)) if x.requires_grad else _plain(step, x, residual, None)  # type: ignore[no-untyped-call]
+        if not found and not x.requires_grad and step.panels(x) is None:
+            return _plain(step, x, residual, None)
         step.note = active.note.add if isinstance(active, Active) and active.note is not None else None
         step.parts = [Part(low, high, scale) for low, high, (_, _, scale) in found]
         drops = [(slice(low, high), one.drop(seed, joint.rows[0][0])) for (one, low, high), seed in zip(groups, seeds, strict=False) if one is not None]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .linear import Kept, Linear, Panels
 from .walks import Drop, Walks
 
 __all__ = ["Context", "Frozen", "LoraMatmul", "Matmul", "Norm", "Part", "can_pack", "target_scores"]
@@ -46,13 +47,26 @@ def can_pack(weight: Tensor) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Frozen:
-    """A matrix [out, in] that never changes, with an optional bias [out]; with `pack`, copies in oneDNN's order are made on first use."""
+    """A matrix [out, in] that never changes, with an optional bias [out]; with `pack`, copies in another order are made on first use.
+
+    Attributes:
+        linear: what multiplies with copies of its own, where it takes the matrix; else they are oneDNN's.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     pack: bool = False
+    linear: Linear | None = None
+    _panels: Panels | None = field(default=None, init=False)
     _forward: Tensor | None = field(default=None, init=False)
     _backward: Tensor | None = field(default=None, init=False)
+
+    @property
+    def panels(self) -> Panels | None:
+        """The matrix in the order of `linear`, which is then there."""
+        if self._panels is None and self.pack and self.linear is not None and self.linear.takes(self.weight):
+            self._panels = self.linear.panels(self.weight)
+        return self._panels
 
     def times(self, x: Tensor) -> Tensor:
         """[T, in] → [T, out], a new tensor."""
@@ -122,6 +136,10 @@ class Matmul:
     gated: bool = False
     note: Callable[[Tensor, Tensor, float], None] | None = None
 
+    def panels(self, h: Tensor) -> Panels | None:
+        """The matrix for compiled steps, where they cover this one over h."""
+        return self.frozen.panels if Linear.covers(self, h) else None
+
     def enter(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the matrix reads, and 1 / rms where there is a norm."""
         if self.norm is not None:
@@ -167,6 +185,13 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, h: Tensor, residual: Tensor | None, step: Matmul, *pairs: Tensor) -> Tensor:
         """See the class."""
+        linear = step.frozen.linear
+        if linear is not None and (panels := step.panels(h)) is not None:
+            y, kept = linear.forward(step, panels, h, residual, pairs)
+            if any(ctx.needs_input_grad):
+                ctx.save_for_backward(h, *(t for t in (kept.r, kept.low) if t is not None), *pairs)
+                ctx.step, ctx.dtypes, ctx.compiled = step, [pair.dtype for pair in pairs], (linear, panels)  # type: ignore[attr-defined]
+            return y
         x, r = step.enter(h)
         y = step.frozen.times(x)
         near = [pair.to(h.dtype) for pair in pairs]
@@ -179,7 +204,7 @@ class LoraMatmul(torch.autograd.Function):
             y.add_(residual)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(h, *([] if r is None else [r]), *near, *low)
-            ctx.step, ctx.dtypes = step, [pair.dtype for pair in pairs]  # type: ignore[attr-defined]
+            ctx.step, ctx.dtypes, ctx.compiled = step, [pair.dtype for pair in pairs], None  # type: ignore[attr-defined]
         return y
 
     @staticmethod
@@ -189,6 +214,11 @@ class LoraMatmul(torch.autograd.Function):
         step, dtypes = cast("Matmul", ctx.step), cast("list[torch.dtype]", ctx.dtypes)  # type: ignore[attr-defined]
         h, *kept = ctx.saved_tensors
         r = kept.pop(0) if step.norm is not None else None
+        compiled = cast("tuple[Linear, Panels] | None", ctx.compiled)  # type: ignore[attr-defined]
+        if compiled is not None:
+            low = kept.pop(0) if dtypes else None
+            dh, found = compiled[0].backward(step, compiled[1], h, g, Kept(r, low), kept, wanted=ctx.needs_input_grad[0])
+            return dh, g if ctx.needs_input_grad[1] else None, None, *(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True))
         pairs, low = kept[: len(dtypes)], kept[len(dtypes) :]
         wanted = ctx.needs_input_grad[0]
         dx = step.frozen.back(g) if wanted else None

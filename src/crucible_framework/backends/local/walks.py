@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from .linear import Linear
 from .native import library
 
 __all__ = ["Drop", "Span", "Walks"]
@@ -131,6 +133,12 @@ class Walks:
 
     def __init__(self, folder: Path | None) -> None:
         self._library = None if folder is None else library("train.cpp", folder)
+        self._folder = folder
+
+    @cached_property
+    def linear(self) -> Linear | None:
+        """Whole matrix steps in bf16, where this processor has them."""
+        return Linear.of(self._folder)
 
     @property
     def compiled(self) -> bool:

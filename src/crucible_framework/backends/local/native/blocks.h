@@ -36,15 +36,15 @@ static inline void close_blocks() {
 }
 
 #ifdef HAVE_AMX
-template <int PANELS> static inline void by_tiles(const Term* terms, int count, float* c, bool add) {
+template <int PANELS, bool LOWER> static inline void by_tiles(const Term* terms, int count, float* c, bool add) {
     constexpr int row = BLOCK * sizeof(float);
     if (add) {
         _tile_loadd(0, c, row);
-        _tile_loadd(1, c + 16 * BLOCK, row);
-        if (PANELS == 2) { _tile_loadd(2, c + 16, row); _tile_loadd(3, c + 16 * BLOCK + 16, row); }
+        if (LOWER) _tile_loadd(1, c + 16 * BLOCK, row);
+        if (PANELS == 2) _tile_loadd(2, c + 16, row);
+        if (PANELS == 2 && LOWER) _tile_loadd(3, c + 16 * BLOCK + 16, row);
     } else {
-        _tile_zero(0); _tile_zero(1);
-        if (PANELS == 2) { _tile_zero(2); _tile_zero(3); }
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     }
     for (const Term* t = terms; t < terms + count; t++) {
         const uint16_t *x0 = t->x, *x1 = t->x + 16 * t->stride, *w0 = t->w, *w1 = t->w + t->panel;
@@ -53,18 +53,15 @@ template <int PANELS> static inline void by_tiles(const Term* terms, int count, 
             _tile_loadd(4, x0, bytes);
             _tile_loadd(6, w0, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, x1, bytes);
-            _tile_dpbf16ps(1, 5, 6);
-            if (PANELS == 2) {
-                _tile_loadd(7, w1, 64);
-                _tile_dpbf16ps(2, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
+            if (LOWER) { _tile_loadd(5, x1, bytes); _tile_dpbf16ps(1, 5, 6); }
+            if (PANELS == 2) { _tile_loadd(7, w1, 64); _tile_dpbf16ps(2, 4, 7); }
+            if (PANELS == 2 && LOWER) _tile_dpbf16ps(3, 5, 7);
         }
     }
     _tile_stored(0, c, row);
-    _tile_stored(1, c + 16 * BLOCK, row);
-    if (PANELS == 2) { _tile_stored(2, c + 16, row); _tile_stored(3, c + 16 * BLOCK + 16, row); }
+    if (LOWER) _tile_stored(1, c + 16 * BLOCK, row);
+    if (PANELS == 2) _tile_stored(2, c + 16, row);
+    if (PANELS == 2 && LOWER) _tile_stored(3, c + 16 * BLOCK + 16, row);
 }
 #endif
 
@@ -89,10 +86,14 @@ template <int ROWS, int PANELS> static inline void by_dots(const Term* terms, in
 }
 
 // c[32][32], of which the first 16 columns with one panel: the sum of the terms, added to what is there where `add` says so. Of rows from
-// `rows` on c may hold anything.
+// `rows` on c may hold anything, and x too.
 template <int PANELS> static inline void product(const Term* terms, int count, int rows, float* c, bool add) {
 #ifdef HAVE_AMX
-    if (tiles()) { by_tiles<PANELS>(terms, count, c, add); return; }
+    if (tiles()) {
+        if (rows > 16) by_tiles<PANELS, true>(terms, count, c, add);
+        else by_tiles<PANELS, false>(terms, count, c, add);
+        return;
+    }
 #endif
     int r = 0;
     for (; r + 12 <= rows; r += 12) by_dots<12, PANELS>(terms, count, r, c, add);

@@ -1,0 +1,193 @@
+"""The compiled steps in bf16 against the same formulas in float64, and what they do not cover."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from crucible_framework.backends.local import kernels
+from crucible_framework.backends.local.linear import Linear
+from crucible_framework.backends.local.walks import STEPS, Drop, Walks
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Linear:
+    found = Linear.of(tmp_path_factory.mktemp("native"))
+    if found is None:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+        assert "avx512_bf16" not in flags
+        pytest.skip("no bf16 products")
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step; `parts` are (low, high, rank) of adapters in blocks of 32 outputs."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    before: str
+    residual: bool
+    bias: bool
+    parts: tuple[tuple[int, int, int], ...]
+    drops: tuple[tuple[int, int], ...]
+    own_scales: bool
+    seed: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    rows, blocks = draw(st.integers(1, 300)), draw(st.integers(1, 4))
+    cuts = sorted(draw(st.sets(st.integers(0, blocks), max_size=blocks + 1)))
+    parts = tuple((low, high, draw(st.integers(1, 40))) for low, high in zip(cuts[:-1], cuts[1:], strict=True) if draw(st.booleans()))
+    ends = sorted(draw(st.sets(st.integers(0, rows), max_size=4)))
+    drops = tuple((low, high) for low, high in zip(ends[::2], ends[1::2], strict=False))
+    before = draw(st.sampled_from(["norm", "gate", "nothing"]))
+    inputs, seed = 32 * draw(st.integers(1, 5)), draw(st.integers(0, 99))
+    return Case(rows, inputs, 32 * blocks, before, draw(st.booleans()), draw(st.booleans()), parts, drops, draw(st.booleans()), seed)
+
+
+@dataclass(eq=False)
+class Given:
+    """A case's tensors."""
+
+    step: kernels.Matmul
+    h: Tensor
+    residual: Tensor | None
+    pairs: list[Tensor]
+    g: Tensor
+
+
+def made(case: Case, linear: Linear) -> Given:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    weight, bias = random(case.outputs, case.inputs, scale=case.inputs**-0.5).to(BF16), random(case.outputs).to(BF16)
+    frozen = kernels.Frozen(weight, bias if case.bias else None, pack=True, linear=linear)
+    scales = [random(case.rows, rank).to(BF16) if case.own_scales and len(case.parts) == 1 else 0.7 for _, _, rank in case.parts]
+    parts = [kernels.Part(32 * low, 32 * high, scale) for (low, high, _), scale in zip(case.parts, scales, strict=True)]
+    drops = [(slice(low, high), Drop(case.seed, low, STEPS // 3)) for low, high in case.drops]
+    norm = random(case.inputs).to(BF16) if case.before == "norm" else None
+    step = kernels.Matmul(frozen, Walks(None), parts, drops, norm, 1e-5, case.before == "gate")
+    pairs = [t for (low, high, rank) in case.parts for t in (random(rank, case.inputs, scale=case.inputs**-0.5), random(32 * (high - low), rank, scale=rank**-0.5))]
+    width = 2 * case.inputs if case.before == "gate" else case.inputs
+    residual = random(case.rows, case.outputs).to(BF16) if case.residual else None
+    return Given(step, random(case.rows, width).to(BF16), residual, pairs, random(case.rows, case.outputs).to(BF16))
+
+
+def expected(asked: Given) -> tuple[Tensor, list[Tensor]]:
+    """The result and the gradients of h and the pairs, in float64."""
+    step, h = asked.step, asked.h.double().requires_grad_()
+    pairs = [pair.to(BF16).double().requires_grad_() for pair in asked.pairs]
+    x = h
+    if step.norm is not None:
+        x = h * (h.square().mean(-1, keepdim=True) + step.eps).rsqrt() * step.norm.double()
+    elif step.gated:
+        a, b = h.chunk(2, -1)
+        x = functional.silu(a) * b
+    y = functional.linear(x, step.frozen.weight.double(), None if step.frozen.bias is None else step.frozen.bias.double())
+    mask = torch.ones_like(x)
+    for rows, drop in step.drops:
+        mask[rows] = drop.kept((rows.stop - rows.start, x.shape[1]), x.device).double()
+    for part, a, b in zip(step.parts, pairs[::2], pairs[1::2], strict=True):
+        added = ((x * mask) @ a.t() * part.scale) @ b.t()
+        y = y + functional.pad(added, (part.low, y.shape[1] - part.high))
+    if asked.residual is not None:
+        y = y + asked.residual.double()
+    return y.detach(), list(torch.autograd.grad(y, [h, *pairs], asked.g.double()))
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """Within what a few roundings to bf16 give."""
+    assert ours.shape == theirs.shape
+    assert float((ours.double() - theirs).abs().max()) <= 0.02 * max(1.0, float(theirs.abs().max()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_a_step_and_its_gradients(linear: Linear, case: Case) -> None:
+    asked = made(case, linear)
+    step, panels = asked.step, asked.step.panels(asked.h)
+    assert panels is not None
+    y, kept = linear.forward(step, panels, asked.h, asked.residual, asked.pairs)
+    right, gradients = expected(asked)
+    close(y, right)
+    told = list[Tensor]()
+    for note in (None, lambda left, right, factor: told.append(left.float().t() @ right.float() * factor)):
+        step.note = cast("Any", note)
+        dh, found = linear.backward(step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True)
+        for ours, theirs in zip([dh, *found], gradients, strict=True):
+            assert ours is not None
+            close(ours, theirs)
+    seconds = [t for pair in zip(gradients[2::2], strict=True) for t in pair]
+    for ours, theirs in zip(told, [*seconds, *([torch.cat(gradients[1::2])] if asked.pairs else [])], strict=True):
+        close(ours, theirs)
+    below, same = linear.backward(replace(step, note=None), panels, asked.h, asked.g, kept, asked.pairs, wanted=False)
+    assert below is None
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+
+
+def test_threads_change_no_result(linear: Linear) -> None:
+    asked = made(Case(300, 96, 128, "norm", True, True, ((0, 1, 16), (1, 4, 8)), ((0, 200),), False, 1), linear)
+    step, panels, threads = asked.step, asked.step.panels(asked.h), torch.get_num_threads()
+    assert panels is not None
+    results = list[Tensor]()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y, kept = linear.forward(step, panels, asked.h, asked.residual, asked.pairs)
+            dh, found = linear.backward(step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True)
+            assert dh is not None
+            results += [y, dh, *found]
+    finally:
+        torch.set_num_threads(threads)
+    half = len(results) // 2
+    for one, two in zip(results[:2], results[half:][:2], strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(results[2:half], results[half + 2 :], strict=True):  # sums over rows are added up by thread
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_the_residual_s_gradient_joins_that_of_the_norm(linear: Linear) -> None:
+    asked = made(Case(70, 64, 64, "norm", False, False, ((0, 2, 4),), (), False, 2), linear)
+    panels, more = asked.step.panels(asked.h), torch.randn(70, 64).to(BF16)
+    assert panels is not None
+    _, kept = linear.forward(asked.step, panels, asked.h, None, asked.pairs)
+    alone, _ = linear.backward(asked.step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True)
+    both, _ = linear.backward(asked.step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True, extra=more)
+    assert alone is not None
+    assert both is not None
+    close(both, alone.double() + more.double())
+
+
+def test_what_is_not_covered_goes_another_way(linear: Linear) -> None:
+    weight = torch.randn(64, 32).to(BF16)
+    frozen = kernels.Frozen(weight, pack=True, linear=linear)
+    step = kernels.Matmul(frozen, Walks(None), [kernels.Part(0, 16, 1.0), kernels.Part(16, 64, 1.0)])
+    assert step.panels(torch.randn(3, 32).to(BF16)) is None
+    even = kernels.Matmul(frozen, Walks(None))
+    assert even.panels(torch.randn(3, 32)) is None
+    assert even.panels(torch.randn(0, 32).to(BF16)) is None
+    assert even.panels(torch.randn(3, 32).to(BF16)) is not None
+    for other in (weight.float(), weight[:48], weight[:, :24]):
+        assert kernels.Frozen(other, pack=True, linear=linear).panels is None
+    assert kernels.Frozen(weight, pack=False, linear=linear).panels is None
+    assert Linear.of(None) is None
+    h, pairs = torch.randn(9, 32).to(BF16), [torch.randn(4, 32), torch.randn(16, 4), torch.randn(4, 32), torch.randn(48, 4)]
+    apply = cast("Any", kernels.LoraMatmul.apply)
+    whole = replace(step, parts=[kernels.Part(0, 64, 1.0)])
+    joined = [torch.cat([pairs[0], pairs[2]]), torch.block_diag(pairs[1], pairs[3])]
+    close(apply(h, None, step, *pairs), apply(h, None, whole, *joined).double())
