@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .buffers import Buffers
 from .native import library
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Linear:
     """The compiled calls."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
-        self._lib = lib
+        self._lib, self.buffers, self._frozen = lib, Buffers(), Buffers()
 
     @classmethod
     def of(cls, folder: Path | None) -> Linear | None:
@@ -91,7 +92,7 @@ class Linear:
     def panels(self, weight: Tensor) -> Panels:
         """The panels of a matrix [out, in]."""
         given = weight.detach().contiguous()
-        forward, backward = torch.empty_like(given), torch.empty_like(given)
+        forward, backward = (self._frozen.empty(tuple(given.shape), given.dtype) for _ in range(2))
         self._lib.crucible_panels(*(_P(tensor.data_ptr()) for tensor in (given, forward, backward)), *given.shape)
         return Panels(forward, backward, *given.shape)
 
@@ -111,9 +112,9 @@ class Linear:
             pairs: A [rank, in], B [out, rank], A, B, …, one pair per part of the step.
         """
         rows, ranks = h.shape[0], _ranks(pairs)
-        y = h.new_empty((rows, panels.outputs))
+        y = self.buffers.empty((rows, panels.outputs), h.dtype)
         r = h.new_empty((rows, 1), dtype=torch.float32) if step.norm is not None else None
-        low = h.new_empty((rows, ranks)) if pairs else None
+        low = self.buffers.empty((rows, ranks), h.dtype) if pairs else None
         call, held = _call(step, panels, h, pairs, r)
         residual = None if residual is None else residual.contiguous()
         call.y, call.residual, call.low = y.data_ptr(), _address(residual), _address(low)
@@ -129,7 +130,7 @@ class Linear:
         `step.note` is told as kernels.py says; `extra`, which has the shape of h, is added to the gradient of h where the step has a norm.
         """
         rows, noted = h.shape[0], step.note is not None and bool(pairs)
-        dh = torch.empty_like(h) if wanted else None
+        dh = self.buffers.empty(tuple(h.shape), h.dtype) if wanted else None
         found = [torch.empty(pair.shape, dtype=torch.float32) for pair in pairs]
         call, held = _call(step, panels, h, pairs, kept.r, found)
         inner = h.new_empty((rows, _ranks(pairs))) if noted else None

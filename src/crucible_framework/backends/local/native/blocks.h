@@ -7,14 +7,21 @@
 constexpr int BLOCK = 32;
 
 // A product's right side is kept in panels of 16 outputs, [pairs of inputs][16 outputs][2]: what a tile reads, and a vector of dot products.
-// The left side is rows of bf16; 32 of them must be readable, whatever they hold.
+// The left side is rows of bf16, of which 32 must be readable, whatever they hold: row after row, or, which is read faster, in pieces of
+// 16 rows and 32 inputs (`in_pieces`).
 struct Term {
     const uint16_t* x;
     size_t stride;  // numbers from one row to the next
     const uint16_t* w;
     size_t panel;   // numbers from one panel to the next
     int pairs;      // a multiple of 16
+    size_t step = 32, lower = 0;      // numbers from 32 inputs of a row to the next, and from row 0 to row 16: 0 where all rows have one stride
+    const uint16_t* ahead = nullptr;  // what is read next: `lines` of the cache are fetched for every 16 pairs
+    int lines = 0;
 };
+// A term of rows that stand in pieces [rows / 16][width / 32][16][32], from the first row and input of a piece on.
+static inline Term in_pieces(const uint16_t* x, int width, const uint16_t* w, size_t panel, int pairs) { return {x, 32, w, panel, pairs, 512, (size_t)16 * width}; }
+static inline size_t place(int row, int k, int width) { return (size_t)(row / 16) * 16 * width + (size_t)(k / 32) * 512 + row % 16 * 32; }
 
 static inline bool tiles() {
 #ifdef HAVE_AMX
@@ -47,15 +54,17 @@ template <int PANELS, bool LOWER> static inline void by_tiles(const Term* terms,
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     }
     for (const Term* t = terms; t < terms + count; t++) {
-        const uint16_t *x0 = t->x, *x1 = t->x + 16 * t->stride, *w0 = t->w, *w1 = t->w + t->panel;
-        const size_t bytes = t->stride * 2;
-        for (int s = 0; s < t->pairs; s += 16, x0 += 32, x1 += 32, w0 += 512, w1 += 512) {
+        const uint16_t *x0 = t->x, *x1 = t->x + (t->lower ? t->lower : 16 * t->stride), *w0 = t->w, *w1 = t->w + t->panel;
+        const size_t bytes = t->stride * 2, step = t->step;
+        const uint16_t* ahead = t->ahead;
+        for (int s = 0; s < t->pairs; s += 16, x0 += step, x1 += step, w0 += 512, w1 += 512) {
             _tile_loadd(4, x0, bytes);
             _tile_loadd(6, w0, 64);
             _tile_dpbf16ps(0, 4, 6);
             if (LOWER) { _tile_loadd(5, x1, bytes); _tile_dpbf16ps(1, 5, 6); }
             if (PANELS == 2) { _tile_loadd(7, w1, 64); _tile_dpbf16ps(2, 4, 7); }
             if (PANELS == 2 && LOWER) _tile_dpbf16ps(3, 5, 7);
+            for (int i = 0; i < t->lines; i++, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
         }
     }
     _tile_stored(0, c, row);
@@ -71,15 +80,20 @@ template <int ROWS, int PANELS> static inline void by_dots(const Term* terms, in
     c += from * BLOCK;
     if (add) unrolled<ROWS>([&](auto r) INLINED { unrolled<PANELS>([&](auto p) INLINED { acc[r][p] = _mm512_loadu_ps(c + r * BLOCK + p * 16); }); });
     for (const Term* t = terms; t < terms + count; t++) {
-        const uint16_t *x = t->x + from * t->stride, *w = t->w;
+        const uint16_t *x = t->x + (t->lower && from >= 16 ? t->lower + (from - 16) * t->stride : from * t->stride), *w = t->w;
         const size_t stride = t->stride, panel = t->panel;
-        for (int k = 0; k < t->pairs; k++, x += 2, w += 32) {
-            __m512bh v[PANELS];
-            unrolled<PANELS>([&](auto p) INLINED { v[p] = (__m512bh)_mm512_loadu_si512(w + p * panel); });
-            unrolled<ROWS>([&](auto r) INLINED {
-                const __m512bh one = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(x + r * stride));
-                unrolled<PANELS>([&](auto p) INLINED { acc[r][p] = _mm512_dpbf16_ps(acc[r][p], one, v[p]); });
-            });
+        const uint16_t* ahead = t->ahead;
+        for (int s = 0; s < t->pairs; s += 16, x += t->step) {
+            for (int k = 0; k < 16; k++, w += 32) {
+                __m512bh v[PANELS];
+                unrolled<PANELS>([&](auto p) INLINED { v[p] = (__m512bh)_mm512_loadu_si512(w + p * panel); });
+                unrolled<ROWS>([&](auto r) INLINED {
+                    const __m512bh one = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(x + r * stride + k * 2));
+                    unrolled<PANELS>([&](auto p) INLINED { acc[r][p] = _mm512_dpbf16_ps(acc[r][p], one, v[p]); });
+                });
+            }
+            if (from == 0)
+                for (int i = 0; i < t->lines; i++, ahead += 32) _mm_prefetch((const char*)ahead, _MM_HINT_T1);
         }
     }
     unrolled<ROWS>([&](auto r) INLINED { unrolled<PANELS>([&](auto p) INLINED { _mm512_storeu_ps(c + r * BLOCK + p * 16, acc[r][p]); }); });
@@ -95,9 +109,9 @@ template <int PANELS> static inline void product(const Term* terms, int count, i
         return;
     }
 #endif
-    int r = 0;
-    for (; r + 12 <= rows; r += 12) by_dots<12, PANELS>(terms, count, r, c, add);
-    for (; r + 4 <= rows; r += 4) by_dots<4, PANELS>(terms, count, r, c, add);
-    for (; r < rows; r++) by_dots<1, PANELS>(terms, count, r, c, add);
+    for (int r = 0; r < std::min(rows, BLOCK); r += rows - r >= 8 ? 8 : 4) {  // none lies across two pieces
+        if (rows - r >= 8) by_dots<8, PANELS>(terms, count, r, c, add);
+        else by_dots<4, PANELS>(terms, count, r, c, add);
+    }
 }
 #endif

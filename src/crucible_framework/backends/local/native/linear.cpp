@@ -1,7 +1,7 @@
 // A frozen matrix with low-rank adapters beside it, its norm, gate, dropout and residual: the forward and the backward pass of each as one
 // walk over chunks of rows that stay in the processor's own cache. bf16 with fp32 sums. Python's side is linear.py, whose callers have
 // torch code for the same numbers up to rounding. Where the processor has no bf16 products this file gives nothing.
-#include "blocks.h"
+#include "between.h"
 #ifdef HAVE_BF16
 #include <omp.h>
 
@@ -30,78 +30,10 @@ struct Call {
     float eps;
 };
 
-constexpr int CHUNK = 256;
-typedef __m512i Halves;
+constexpr int CHUNK = 128;       // rows whose activations, with a panel, stay in a core's own cache
+constexpr size_t LARGE = 1 << 22;  // bytes of a result that no cache keeps until it is read
 
-inline Halves raw(const uint16_t* p) { return _mm512_loadu_si512(p); }
-inline __m512 lower(Halves v) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16); }
-inline __m512 upper(Halves v) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16); }
-inline void put(uint16_t* p, __m512 low, __m512 high) { _mm512_storeu_si512(p, (Halves)_mm512_cvtne2ps_pbh(high, low)); }
 inline int up32(int n) { return (n + 31) / 32 * 32; }
-
-// --------------------------------------------------------------------------------------------------- what stands before
-inline __m512 logistic(__m512 x) { return (__m512)_mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_set1_ps(1.0f) + (__m512)exp16((Lane)(-x))); }
-
-void norm_row(const uint16_t* x, const uint16_t* w, uint16_t* y, int width, float scale) {
-    const __m512 by = _mm512_set1_ps(scale);
-    for (int i = 0; i < width; i += 32) {
-        const Halves a = raw(x + i), b = raw(w + i);
-        put(y + i, lower(a) * by * lower(b), upper(a) * by * upper(b));
-    }
-}
-float inverse_rms(const uint16_t* x, int width, float eps) {
-    __m512 low = _mm512_setzero_ps(), high = low;
-    for (int i = 0; i < width; i += 32) {
-        const Halves a = raw(x + i);
-        low = _mm512_fmadd_ps(lower(a), lower(a), low), high = _mm512_fmadd_ps(upper(a), upper(a), high);
-    }
-    return 1.0f / std::sqrt(_mm512_reduce_add_ps(low + high) / width + eps);
-}
-// `extra` is added: the gradient that comes through the residual.
-void norm_back_row(const uint16_t* g, const uint16_t* x, const uint16_t* w, const uint16_t* extra, uint16_t* out, int width, float scale) {
-    __m512 low = _mm512_setzero_ps(), high = low;
-    for (int i = 0; i < width; i += 32) {
-        const Halves u = raw(g + i), a = raw(x + i), b = raw(w + i);
-        low = _mm512_fmadd_ps(lower(u) * lower(b), lower(a), low), high = _mm512_fmadd_ps(upper(u) * upper(b), upper(a), high);
-    }
-    const __m512 by = _mm512_set1_ps(scale), slope = _mm512_set1_ps(-_mm512_reduce_add_ps(low + high) * scale * scale * scale / width);
-    for (int i = 0; i < width; i += 32) {
-        const Halves u = raw(g + i), a = raw(x + i), b = raw(w + i);
-        __m512 first = lower(u) * lower(b) * by + lower(a) * slope, second = upper(u) * upper(b) * by + upper(a) * slope;
-        if (extra) first += lower(raw(extra + i)), second += upper(raw(extra + i));
-        put(out + i, first, second);
-    }
-}
-void gate_row(const uint16_t* both, uint16_t* y, int width) {
-    for (int i = 0; i < width; i += 32) {
-        const Halves a = raw(both + i), b = raw(both + width + i);
-        put(y + i, lower(a) * logistic(lower(a)) * lower(b), upper(a) * logistic(upper(a)) * upper(b));
-    }
-}
-inline void gate_slope(__m512 g, __m512 a, __m512 b, __m512& da, __m512& db) {
-    const __m512 s = logistic(a), one = _mm512_set1_ps(1.0f);
-    da = g * b * s * (one + a * (one - s)), db = g * a * s;
-}
-void gate_back_row(const uint16_t* g, const uint16_t* both, uint16_t* out, int width) {
-    for (int i = 0; i < width; i += 32) {
-        const Halves u = raw(g + i), a = raw(both + i), b = raw(both + width + i);
-        __m512 da[2], db[2];
-        gate_slope(lower(u), lower(a), lower(b), da[0], db[0]), gate_slope(upper(u), upper(a), upper(b), da[1], db[1]);
-        put(out + i, da[0], da[1]), put(out + width + i, db[0], db[1]);
-    }
-}
-
-// -------------------------------------------------------------------------------------------------------------- dropout
-// Which of 32 numbers stay: 16 random bits each, as train.cpp's `drop` has them; `word` is the first of 8 words of the counter.
-inline __mmask32 kept(uint64_t start, uint64_t word, int threshold) {
-    const __m512i steps = _mm512_setr_epi64(1, 2, 3, 4, 5, 6, 7, 8), golden = _mm512_set1_epi64(0x9E3779B97F4A7C15ull);
-    __m512i z = _mm512_mullo_epi64(_mm512_add_epi64(_mm512_set1_epi64(word), steps), golden);
-    z = _mm512_add_epi64(z, _mm512_set1_epi64(start));
-    z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 30)), _mm512_set1_epi64(0xBF58476D1CE4E5B9ull));
-    z = _mm512_mullo_epi64(_mm512_xor_si512(z, _mm512_srli_epi64(z, 27)), _mm512_set1_epi64(0x94D049BB133111EBull));
-    z = _mm512_xor_si512(z, _mm512_srli_epi64(z, 31));
-    return _mm512_cmpge_epu16_mask(z, _mm512_set1_epi16((short)threshold));
-}
 const Drop* drop_of(const Call& c, int row) {
     for (const Drop* d = c.drop; d < c.drop + c.drops; d++)
         if (row >= d->low && row < d->high) return d;
@@ -110,7 +42,7 @@ const Drop* drop_of(const Call& c, int row) {
 
 // -------------------------------------------------------------------------------------------------------------- scratch
 struct Scratch {
-    Array<uint16_t> x, dropped, low, turned, inner, dx, pairs, tail;
+    Array<uint16_t> x, g, dropped, low, turned, inner, dx, pairs;  // all but `turned` and `pairs` in pieces
     Array<uint32_t> masks;
     Array<float> da, db;
 };
@@ -177,171 +109,178 @@ template <class F> void in_chunks(const Call& c, const F& work) {
     }
 }
 
-// Rows of a matrix as products read them: those of the last block, of which fewer than 32 may be there, are a copy's.
-struct Left {
-    const uint16_t* x;
-    size_t stride;
-    const uint16_t* tail;  // rows of the last block, or null
-    int full;              // rows before it
-    const uint16_t* at(int row) const { return tail && row >= full ? tail : x + row * stride; }
-    Left(const uint16_t* x, size_t stride, int rows, Array<uint16_t>& copy) : x(x), stride(stride), tail(nullptr), full(rows / 32 * 32) {
-        if (full == rows) return;
-        uint16_t* to = room(copy, 32 * stride);
-        memcpy(to, x + full * stride, (rows - full) * stride * 2);
-        tail = to;
-    }
-    Left(const uint16_t* x, size_t stride) : x(x), stride(stride), tail(nullptr), full(0) {}
-};
+// Rows [rows][width] in pieces, with zeros up to a multiple of 32 rows.
+const uint16_t* cut(const uint16_t* from, int rows, int width, uint16_t* to) {
+    for (int t = 0; t < up32(rows); t++)
+        for (int k = 0; k < width; k += 32)
+            _mm512_storeu_si512(to + place(t, k, width), t < rows ? raw(from + (size_t)t * width + k) : _mm512_setzero_si512());
+    return to;
+}
 
-// What the matrix reads of some rows: [rows][inputs], and r where it is to be found.
-Left enter(const Call& c, int from, int rows, Scratch& s, bool again) {
-    const int wide = c.gated ? 2 * c.inputs : c.inputs;
+// What the matrix reads of some rows, and r where it is to be found.
+const uint16_t* enter(const Call& c, int from, int rows, Scratch& s, bool again) {
+    const int width = c.inputs, wide = c.gated ? 2 * width : width;
     const uint16_t* h = c.h + (size_t)from * wide;
-    if (!c.norm && !c.gated) return Left(h, c.inputs, rows, s.tail);
-    uint16_t* x = room(s.x, (size_t)CHUNK * c.inputs);
-    for (int t = 0; t < rows; t++) {
-        if (c.gated) {
-            gate_row(h + (size_t)t * wide, x + (size_t)t * c.inputs, c.inputs);
-            continue;
+    uint16_t* x = room(s.x, (size_t)CHUNK * width);
+    if (!c.norm && !c.gated) return cut(h, rows, width, x);
+    for (int t = 0; t < up32(rows); t++, h += wide) {
+        if (c.norm && t < rows && !again) c.r[from + t] = inverse_rms(h, width, c.eps);
+        for (int k = 0; k < width; k += 32) {
+            Halves v = _mm512_setzero_si512();
+            if (t < rows) v = c.gated ? gate(raw(h + k), raw(h + width + k)) : scaled(raw(h + k), raw(c.norm + k), c.r[from + t]);
+            _mm512_storeu_si512(x + place(t, k, width), v);
         }
-        if (!again) c.r[from + t] = inverse_rms(h + (size_t)t * wide, wide, c.eps);
-        norm_row(h + (size_t)t * wide, c.norm, x + (size_t)t * c.inputs, wide, c.r[from + t]);
     }
-    return Left(x, c.inputs);
+    return x;
 }
 
 // What the adapters read; where numbers are dropped, a copy and which of them stay.
-Left dropped(const Call& c, int from, int rows, const Left& x, Scratch& s) {
+const uint16_t* dropped(const Call& c, int from, int rows, const uint16_t* x, Scratch& s) {
     if (!c.drops) return x;
     uint16_t* to = room(s.dropped, (size_t)CHUNK * c.inputs);
     uint32_t* masks = room(s.masks, (size_t)CHUNK * c.inputs / 32);
-    for (int t = 0; t < rows; t++) {
+    for (int t = 0; t < up32(rows); t++) {
         const Drop* d = drop_of(c, from + t);
-        const uint16_t* row = x.at(t / 32 * 32) + t % 32 * x.stride;
         for (int k = 0; k < c.inputs; k += 32) {
             const __mmask32 mask = d ? kept(d->start, ((uint64_t)(from + t - d->low) * c.inputs + k) / 4, d->threshold) : 0xffffffffu;
             masks[(t * c.inputs + k) / 32] = mask;
-            _mm512_storeu_si512(to + (size_t)t * c.inputs + k, _mm512_maskz_mov_epi16(mask, raw(row + k)));
+            _mm512_storeu_si512(to + place(t, k, c.inputs), _mm512_maskz_mov_epi16(mask, raw(x + place(t, k, c.inputs))));
         }
     }
-    return Left(to, c.inputs);
+    return to;
 }
 
-// [32][32] numbers to bf16 ranks of rows, each with its factor.
+// [32][32] numbers to bf16 ranks of 32 rows, each with its factor, 0 beyond the part's ranks and the `rows`; `to` begins the rows' pieces.
 void put_ranks(const Call& c, const Part& part, int from, int rows, int first, const float* block, uint16_t* to) {
-    for (int t = 0; t < rows; t++) {
-        __m512 by[2] = {_mm512_set1_ps(part.scale), _mm512_set1_ps(part.scale)};
-        const int left = part.ranks - first;
-        if (c.scales)
-            for (int i = 0; i < 2; i++) {
-                const __mmask16 some = left >= 16 * i + 16 ? 0xffff : left > 16 * i ? (__mmask16)((1 << (left - 16 * i)) - 1) : 0;
-                by[i] = _mm512_maskz_loadu_ps(some, c.scales + (size_t)(from + t) * part.ranks + first + 16 * i);
-            }
-        const __m512 high = left > 16 ? _mm512_loadu_ps(block + t * 32 + 16) * by[1] : _mm512_setzero_ps();
-        put(to + (size_t)t * c.ranks + part.first + first, _mm512_loadu_ps(block + t * 32) * by[0], high);
+    const int left = part.ranks - first;
+    for (int t = 0; t < 32; t++) {
+        __m512 by[2] = {_mm512_set1_ps(part.scale), _mm512_set1_ps(part.scale)}, v[2];
+        for (int i = 0; i < 2; i++) {
+            const __mmask16 some = t >= rows || left <= 16 * i ? 0 : left >= 16 * i + 16 ? 0xffff : (__mmask16)((1 << (left - 16 * i)) - 1);
+            if (c.scales) by[i] = _mm512_maskz_loadu_ps(some, c.scales + (size_t)(from + t) * part.ranks + first + 16 * i);
+            v[i] = _mm512_maskz_loadu_ps(some, block + t * 32 + 16 * i) * by[i];
+        }
+        put(to + place(t, part.first + first, c.ranks), v[0], v[1]);
     }
+}
+// The ranks of some rows as they are kept, [rows][ranks], and back.
+void copy_ranks(const Call& c, int from, int rows, uint16_t* pieces, bool keep, uint16_t* ranks) {
+    if (!keep) { cut(ranks + (size_t)from * c.ranks, rows, c.ranks, pieces); return; }
+    for (int t = 0; t < rows; t++)
+        for (int j = 0; j < c.ranks; j += 32) _mm512_storeu_si512(ranks + (size_t)(from + t) * c.ranks + j, raw(pieces + place(t, j, c.ranks)));
+}
+
+// A term of the rows from t on with the two panels from output n on, that fetches its share of the next two: the other rows fetch theirs.
+Term frozen(const uint16_t* x, int t, int rows, const uint16_t* panels, int n, int width) {
+    Term term = in_pieces(x + (size_t)t * width, width, panels + (size_t)n * width, (size_t)16 * width, width / 2);
+    const int blocks = up32(rows) / 32;
+    term.lines = 32 / blocks;
+    term.ahead = term.w + (size_t)32 * width + (size_t)t / 32 * (width / 32) * term.lines * 32;
+    return term;
 }
 
 void forward_rows(const Call& c, int from, int rows, const Panels& p) {
     Scratch& s = scratch();
     alignas(64) float block[BLOCK * BLOCK];
-    const Left x = enter(c, from, rows, s, false);
+    const uint16_t* x = enter(c, from, rows, s, false);
     uint16_t* low = room(s.low, (size_t)CHUNK * std::max(c.ranks, 1));
     if (c.parts) {
-        const Left read = dropped(c, from, rows, x, s);
+        const uint16_t* read = dropped(c, from, rows, x, s);
         for (const Part* part = c.part; part < c.part + c.parts; part++)
             for (int first = 0; first < part->ranks; first += 32)
                 for (int t = 0; t < rows; t += 32) {
-                    const Term term{read.at(t), read.stride, p.a.data() + (size_t)(part->first + first) * c.inputs, (size_t)16 * c.inputs, c.inputs / 2};
+                    const Term term = in_pieces(read + (size_t)t * c.inputs, c.inputs, p.a.data() + (size_t)(part->first + first) * c.inputs, (size_t)16 * c.inputs, c.inputs / 2);
                     if (part->ranks - first > 16) product<2>(&term, 1, rows - t, block, false);
                     else product<1>(&term, 1, rows - t, block, false);
-                    put_ranks(c, *part, from + t, std::min(32, rows - t), first, block, low + (size_t)t * c.ranks);
+                    put_ranks(c, *part, from + t, rows - t, first, block, low + (size_t)t * c.ranks);
                 }
-        memcpy(c.low + (size_t)from * c.ranks, low, (size_t)rows * c.ranks * 2);
+        copy_ranks(c, from, rows, low, true, c.low);
     }
     const Part* part = c.part;
+    const bool past = (size_t)c.rows * c.outputs * 2 > LARGE;
     for (int n = 0; n < c.outputs; n += 32) {
         while (part < c.part + c.parts && n >= part->high) part++;
         const bool adapted = part < c.part + c.parts && n >= part->low;
-        const uint16_t* panel = c.forward + (size_t)n * c.inputs;
         for (int t = 0; t < rows; t += 32) {
-            Term terms[2] = {{x.at(t), x.stride, panel, (size_t)16 * c.inputs, c.inputs / 2}, {}};
-            if (adapted) terms[1] = {low + (size_t)t * c.ranks + part->first, (size_t)c.ranks, p.b.data() + (size_t)n * c.ranks, (size_t)16 * c.ranks, up32(part->ranks) / 2};
+            Term terms[2] = {frozen(x, t, rows, c.forward, n, c.inputs), {}};
+            if (adapted) terms[1] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, p.b.data() + (size_t)n * c.ranks, (size_t)16 * c.ranks, up32(part->ranks) / 2);
             product<2>(terms, adapted ? 2 : 1, rows - t, block, false);
             for (int i = 0; i < std::min(32, rows - t); i++) {
-                const size_t place = (size_t)(from + t + i) * c.outputs + n;
+                const size_t at = (size_t)(from + t + i) * c.outputs + n;
                 __m512 first = _mm512_load_ps(block + i * 32), second = _mm512_load_ps(block + i * 32 + 16);
                 if (c.bias) first += lower(raw(c.bias + n)), second += upper(raw(c.bias + n));
-                if (c.residual) first += lower(raw(c.residual + place)), second += upper(raw(c.residual + place));
-                put(c.y + place, first, second);
+                if (c.residual) first += lower(raw(c.residual + at)), second += upper(raw(c.residual + at));
+                put(c.y + at, first, second, past);
             }
         }
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------- backward
-// `turned` [32][up32(rows)]: 32 columns of [rows][stride], 0 beyond the rows.
-void turn(const uint16_t* x, size_t stride, int rows, uint16_t* turned) {
-    const int width = up32(rows);
-    for (int t = 0; t < width; t++)
-        for (int j = 0; j < 32; j++) turned[j * width + t] = t < rows ? x[t * stride + j] : 0;
+// [32][up32(rows)] of 32 columns of rows in pieces.
+const uint16_t* turn(const uint16_t* x, int width, int rows, uint16_t* turned) {
+    const int wide = up32(rows);
+    for (int t = 0; t < wide; t++)
+        for (int j = 0; j < 32; j++) turned[j * wide + t] = x[place(t, 0, width) + j];
+    return turned;
 }
-// Sums over rows of ranks times columns, added to blocks [columns / 32][32 ranks][32].
-void add_sums(const uint16_t* turned, int ranks, const Left& wide, int columns, int rows, float* sums, Scratch& s) {
-    const int width = up32(rows);
+// Sums over rows of ranks times columns of x, which stands in pieces, from its column `low` on: added to blocks [columns / 32][32 ranks][32].
+void add_sums(const uint16_t* turned, int ranks, const uint16_t* x, int width, int low, int columns, int rows, float* sums, Scratch& s) {
+    const int wide = up32(rows);
     uint16_t* pairs = room(s.pairs, (size_t)CHUNK * 32);
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int n = 0; n < columns; n += 32) {
-        for (int t = 0; t < width; t += 2) {
-            const uint16_t* row = wide.at(t / 32 * 32) + t % 32 * wide.stride + n;
-            const Halves a = t < rows ? raw(row) : _mm512_setzero_si512(), b = t + 1 < rows ? raw(row + wide.stride) : _mm512_setzero_si512();
-            const Halves even = _mm512_unpacklo_epi16(a, b), odd = _mm512_unpackhi_epi16(a, b);
+        for (int t = 0; t < wide; t += 2) {
+            const uint16_t* row = x + place(t, low + n, width);
+            const Halves even = _mm512_unpacklo_epi16(raw(row), raw(row + 32)), odd = _mm512_unpackhi_epi16(raw(row), raw(row + 32));
             _mm512_storeu_si512(pairs + t * 16, _mm512_permutex2var_epi64(even, first, odd));
-            _mm512_storeu_si512(pairs + width * 16 + t * 16, _mm512_permutex2var_epi64(even, second, odd));
+            _mm512_storeu_si512(pairs + wide * 16 + t * 16, _mm512_permutex2var_epi64(even, second, odd));
         }
-        const Term term{turned, (size_t)width, pairs, (size_t)width * 16, width / 2};
+        const Term term{turned, (size_t)wide, pairs, (size_t)wide * 16, wide / 2};
         product<2>(&term, 1, ranks, sums + (size_t)n * 32, true);
     }
+}
+
+// The gradients of the adapters; gives their inner gradient, in pieces.
+const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p, const uint16_t* g, float* da, float* db) {
+    Scratch& s = scratch();
+    alignas(64) float block[BLOCK * BLOCK];
+    uint16_t *inner = room(s.inner, (size_t)CHUNK * c.ranks), *low = room(s.low, (size_t)CHUNK * c.ranks), *turned = room(s.turned, (size_t)CHUNK * 32);
+    const uint16_t* read = dropped(c, from, rows, enter(c, from, rows, s, true), s);
+    copy_ranks(c, from, rows, low, false, c.low);
+    for (const Part* part = c.part; part < c.part + c.parts; part++)
+        for (int first = 0; first < part->ranks; first += 32) {
+            const int rank = part->first + first, count = std::min(32, part->ranks - first), outputs = part->high - part->low;
+            const uint16_t* b = p.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 16;
+            for (int t = 0; t < rows; t += 32) {
+                const Term term = in_pieces(g + (size_t)t * c.outputs + place(0, part->low, c.outputs), c.outputs, b, (size_t)16 * c.outputs, outputs / 2);
+                if (count > 16) product<2>(&term, 1, rows - t, block, false);
+                else product<1>(&term, 1, rows - t, block, false);
+                put_ranks(c, *part, from + t, rows - t, first, block, inner + (size_t)t * c.ranks);
+            }
+            const size_t at = place(0, rank, c.ranks);
+            add_sums(turn(inner + at, c.ranks, rows, turned), count, read, c.inputs, 0, c.inputs, rows, da + (size_t)rank * c.inputs, s);
+            add_sums(turn(low + at, c.ranks, rows, turned), count, g, c.outputs, part->low, outputs, rows, db + (size_t)rank * c.outputs + (size_t)part->low * 32, s);
+        }
+    if (c.inner) copy_ranks(c, from, rows, inner, true, c.inner);
+    for (int t = 0; c.dropped && t < rows; t++)
+        for (int k = 0; k < c.inputs; k += 32) _mm512_storeu_si512(c.dropped + (size_t)(from + t) * c.inputs + k, raw(read + place(t, k, c.inputs)));
+    return inner;
 }
 
 void backward_rows(const Call& c, int from, int rows, const Panels& p, float* da, float* db) {
     Scratch& s = scratch();
     alignas(64) float block[BLOCK * BLOCK];
-    static thread_local Array<uint16_t> tail;
-    const Left g(c.g + (size_t)from * c.outputs, c.outputs, rows, tail);
-    uint16_t* inner = room(s.inner, (size_t)CHUNK * std::max(c.ranks, 1));
-    if (c.parts) {
-        const Left read = dropped(c, from, rows, enter(c, from, rows, s, true), s);
-        uint16_t* turned = room(s.turned, (size_t)CHUNK * 32);
-        for (const Part* part = c.part; part < c.part + c.parts; part++)
-            for (int first = 0; first < part->ranks; first += 32) {
-                const int rank = part->first + first, count = std::min(32, part->ranks - first);
-                for (int t = 0; t < rows; t += 32) {
-                    const Term term{g.at(t) + part->low, g.stride, p.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 16, (size_t)16 * c.outputs, (part->high - part->low) / 2};
-                    if (count > 16) product<2>(&term, 1, rows - t, block, false);
-                    else product<1>(&term, 1, rows - t, block, false);
-                    put_ranks(c, *part, from + t, std::min(32, rows - t), first, block, inner + (size_t)t * c.ranks);
-                }
-                turn(inner + rank, c.ranks, rows, turned);
-                add_sums(turned, count, read, c.inputs, rows, da + (size_t)rank * c.inputs, s);
-                turn(c.low + (size_t)from * c.ranks + rank, c.ranks, rows, turned);
-                Left mine = g;
-                mine.x += part->low;
-                if (mine.tail) mine.tail += part->low;
-                add_sums(turned, count, mine, part->high - part->low, rows, db + (size_t)rank * c.outputs + (size_t)part->low * 32, s);
-            }
-        if (c.inner) memcpy(c.inner + (size_t)from * c.ranks, inner, (size_t)rows * c.ranks * 2);
-        if (c.dropped)
-            for (int t = 0; t < rows; t++) memcpy(c.dropped + (size_t)(from + t) * c.inputs, read.at(t / 32 * 32) + t % 32 * read.stride, (size_t)c.inputs * 2);
-    }
+    const uint16_t* g = cut(c.g + (size_t)from * c.outputs, rows, c.outputs, room(s.g, (size_t)CHUNK * c.outputs));
+    const uint16_t* inner = c.parts ? adapters_back(c, from, rows, p, g, da, db) : nullptr;
     if (!c.dh) return;
-    const bool plain = !c.norm && !c.gated;
-    uint16_t* dx = plain ? c.dh + (size_t)from * c.inputs : room(s.dx, (size_t)CHUNK * c.inputs);
+    uint16_t* dx = room(s.dx, (size_t)CHUNK * c.inputs);
+    const bool past = c.gated && (size_t)c.rows * c.inputs * 4 > LARGE;
     for (int k = 0; k < c.inputs; k += 32)
         for (int t = 0; t < rows; t += 32) {
             const int here = std::min(32, rows - t);
-            const Term terms[2] = {{g.at(t), g.stride, c.backward + (size_t)k * c.outputs, (size_t)16 * c.outputs, c.outputs / 2},
-                                   {inner + (size_t)t * c.ranks, (size_t)c.ranks, p.a.data() + (size_t)k * c.ranks, (size_t)16 * c.ranks, c.ranks / 2}};
+            Term terms[2] = {frozen(g, t, rows, c.backward, k, c.outputs), {}};
+            if (c.parts) terms[1] = in_pieces(inner + (size_t)t * c.ranks, c.ranks, p.a.data() + (size_t)k * c.ranks, (size_t)16 * c.ranks, c.ranks / 2);
             if (c.parts && c.drops) {
                 product<2>(terms + 1, 1, here, block, false);
                 for (int i = 0; i < here; i++) {
@@ -350,17 +289,27 @@ void backward_rows(const Call& c, int from, int rows, const Panels& p, float* da
                     _mm512_store_ps(row, _mm512_maskz_loadu_ps((__mmask16)mask, row));
                     _mm512_store_ps(row + 16, _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), row + 16));
                 }
-                product<2>(terms, 1, here, block, true);
-            } else {
-                product<2>(terms, c.parts ? 2 : 1, here, block, false);
             }
-            for (int i = 0; i < here; i++) put(dx + (size_t)(t + i) * c.inputs + k, _mm512_load_ps(block + i * 32), _mm512_load_ps(block + i * 32 + 16));
+            const bool begun = c.parts && c.drops;
+            product<2>(terms, c.parts && !begun ? 2 : 1, here, block, begun);
+            for (int i = 0; i < here; i++) {
+                const size_t row = from + t + i;
+                const __m512 first = _mm512_load_ps(block + i * 32), second = _mm512_load_ps(block + i * 32 + 16);
+                if (c.norm) put(dx + place(t + i, k, c.inputs), first, second);
+                else if (!c.gated) put(c.dh + row * c.inputs + k, first, second);
+                else {
+                    const uint16_t* h = c.h + row * 2 * c.inputs + k;
+                    uint16_t* dh = c.dh + row * 2 * c.inputs + k;
+                    const Halves a = raw(h), b = raw(h + c.inputs);
+                    __m512 da[2], db[2];
+                    gate_slopes(first, lower(a), lower(b), da[0], db[0]), gate_slopes(second, upper(a), upper(b), da[1], db[1]);
+                    put(dh, da[0], da[1], past), put(dh + c.inputs, db[0], db[1], past);
+                }
+            }
         }
-    for (int t = 0; t < rows && !plain; t++) {
-        const size_t row = from + t, wide = c.gated ? 2 * (size_t)c.inputs : c.inputs;
-        const uint16_t *up = dx + (size_t)t * c.inputs, *h = c.h + row * wide;
-        if (c.gated) gate_back_row(up, h, c.dh + row * wide, c.inputs);
-        else norm_back_row(up, h, c.norm, c.extra ? c.extra + row * wide : nullptr, c.dh + row * wide, c.inputs, c.r[row]);
+    for (int t = 0; c.norm && t < rows; t++) {
+        const size_t at = (size_t)(from + t) * c.inputs;
+        norm_back(dx + place(t, 0, c.inputs), 512, c.h + at, c.norm, c.extra ? c.extra + at : nullptr, c.dh + at, c.inputs, c.r[from + t]);
     }
 }
 
