@@ -130,6 +130,7 @@ class Walks:
     """
 
     def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
         self._library = None if folder is None else library("train.cpp", folder)
 
     @property
