@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .attending import attend_packed, attend_packed_back, covers
 from .kernels import Context
 from .walks import Span, Walks
 
@@ -146,28 +147,36 @@ class Attention(torch.autograd.Function):
         """See the class."""
         keys, walks = (x.shape[1] - queries) // 2, rotation.walks
         raw = rotate(x, queries + keys, rotation)
-        o = x.new_empty((x.shape[0], queries, x.shape[2]))
-        kept = [_forward(x, o, _Work(span, queries, keys, walks)) for span in spans]
+        kept: Sequence[Tensor | None]
+        if whole := covers(walks.folder, x, spans):
+            o, norms = attend_packed(walks.folder, x, queries, spans, norms=ctx.needs_input_grad[0])
+            kept = [norms]
+        else:
+            o = x.new_empty((x.shape[0], queries, x.shape[2]))
+            kept = [_forward(x, o, _Work(span, queries, keys, walks)) for span in spans]
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(x, o, *(raw or ()), *(part for part in kept if part is not None))
-            ctx.given = queries, keys, rotation, spans, [part is not None for part in kept]  # type: ignore[attr-defined]
+            ctx.given = queries, keys, rotation, spans, None if whole else [part is not None for part in kept]  # type: ignore[attr-defined]
         return o
 
     @staticmethod
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the heads as they came."""
         g = grad_outputs[0].contiguous()
-        queries, keys, rotation, spans, has = cast("tuple[int, int, Rotation, Sequence[Span], list[bool]]", ctx.given)  # type: ignore[attr-defined]
+        queries, keys, rotation, spans, has = cast("tuple[int, int, Rotation, Sequence[Span], list[bool] | None]", ctx.given)  # type: ignore[attr-defined]
         x, o, *rest = ctx.saved_tensors
         raw, rest = (rest[:2], rest[2:]) if rotation.norm is not None else ([], rest)
-        dx = torch.empty_like(x)
-        for span, there in zip(spans, has, strict=True):
-            kept = rest.pop(0) if there else None
-            work = _Work(span, queries, keys, rotation.walks)
-            if kept is not None and work.by_products(x):
-                _short_back(g, x, kept, dx, work)
-            else:
-                _backward(g, x, o, dx, kept=kept, work=work)
+        if has is None:
+            dx = attend_packed_back(rotation.walks.folder, g, x, o, rest[0], spans)
+        else:
+            dx = torch.empty_like(x)
+            for span, there in zip(spans, has, strict=True):
+                kept = rest.pop(0) if there else None
+                work = _Work(span, queries, keys, rotation.walks)
+                if kept is not None and work.by_products(x):
+                    _short_back(g, x, kept, dx, work)
+                else:
+                    _backward(g, x, o, dx, kept=kept, work=work)
         _rotate_back(dx, queries + keys, rotation, raw)
         return dx, None, None, None
 

@@ -132,6 +132,7 @@ class Walks:
     """
 
     def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
         self._library = None if folder is None else library("train.cpp", folder)
         self._folder = folder
 

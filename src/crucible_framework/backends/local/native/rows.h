@@ -64,7 +64,7 @@ struct Rows {
     void pack(int block);  // what `blocks` ways read of 16 rows that were put
 };
 
-#ifdef HAVE_AMX
+#if defined(__AVX512F__)
 static inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -90,6 +90,9 @@ static inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
+#endif
+
+#ifdef HAVE_AMX
 static inline bool allow_tiles() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return allowed;

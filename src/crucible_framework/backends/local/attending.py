@@ -1,0 +1,87 @@
+"""Attention of packed heads in bf16 as one compiled call for each direction; native/attend.cpp has the kernels.
+
+It covers processors with bf16 dot products, and keeps of a row of scores its log-sum only. attention.py says when it is used, and has
+another way for what this does not cover. This file does not know rotations, layers or models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .native import library
+from .walks import Span
+
+__all__ = ["attend_packed", "attend_packed_back", "covers", "is_there"]
+
+_MULTIPLE = 32
+"""A head's size is a multiple of it: what one tile of bf16 inputs takes."""
+_POINTER, _INT = ctypes.c_void_p, ctypes.c_int
+_SIZES = (_POINTER, _INT, _INT, _INT, _INT)
+
+
+class _CSpan(ctypes.Structure):
+    _fields_ = (
+        ("start", ctypes.c_int32), ("count", ctypes.c_int32), ("length", ctypes.c_int32), ("skip", ctypes.c_int32), ("mask", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+def _function(name: str, folder: Path | None) -> ctypes._NamedFuncPointer | None:
+    """A function of the library, or None: without a compiler, or on a processor without bf16 dot products."""
+    found = None if folder is None else library("attend.cpp", folder)
+    if found is None or not hasattr(found, name):
+        return None
+    function = getattr(found, name)
+    if function.argtypes is None:
+        function.argtypes, function.restype = (_POINTER,) * (5 if name.endswith("back") else 3) + _SIZES, None
+    return function  # type: ignore[no-any-return]
+
+
+def is_there(folder: Path | None, dtype: torch.dtype, size: int) -> bool:
+    """Whether heads of that dtype and size are covered on this processor.
+
+    Args:
+        folder: where compiled code is kept; None: there is none.
+        dtype: of the heads.
+        size: of a head.
+    """
+    return dtype == torch.bfloat16 and size % _MULTIPLE == 0 and _function("crucible_attend", folder) is not None
+
+
+def covers(folder: Path | None, x: Tensor, spans: Sequence[Span]) -> bool:
+    """Whether heads x [T, heads, D] and all spans are covered; a mask must be one for all runs of its span."""
+    there = x.device.type == "cpu" and x.is_contiguous() and is_there(folder, x.dtype, x.shape[-1])
+    return there and all(span.mask is None or span.mask.numel() == (span.length - span.skip) * span.length for span in spans)
+
+
+def _places(spans: Sequence[Span]) -> tuple[ctypes.Array[_CSpan], list[Tensor]]:
+    """The spans for the call, and the masks that they point to."""
+    masks = [None if span.mask is None else span.mask.float().contiguous() for span in spans]
+    rows = [_CSpan(s.start, s.count, s.length, s.skip, None if m is None else m.data_ptr()) for s, m in zip(spans, masks, strict=True)]
+    return (_CSpan * len(rows))(*rows), [mask for mask in masks if mask is not None]
+
+
+def attend_packed(folder: Path | None, x: Tensor, queries: int, spans: Sequence[Span], *, norms: bool) -> tuple[Tensor, Tensor | None]:
+    """Attention of heads x [T, heads + 2 · key-value heads, D] that `covers` → [T, heads, D]; with `norms` what its backward pass needs, fp32 [T, heads]."""
+    function = _function("crucible_attend", folder)
+    assert function is not None, "covers() was not asked"
+    o = x.new_empty((x.shape[0], queries, x.shape[2]))
+    kept = x.new_empty((x.shape[0], queries), dtype=torch.float32) if norms else None
+    places, _masks = _places(spans)
+    function(x.data_ptr(), o.data_ptr(), None if kept is None else kept.data_ptr(), places, len(spans), queries, (x.shape[1] - queries) // 2, x.shape[2])
+    return o, kept
+
+
+def attend_packed_back(folder: Path | None, g: Tensor, x: Tensor, o: Tensor, norms: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The gradient of x from that of o, contiguous [T, heads, D]."""
+    function = _function("crucible_attend_back", folder)
+    assert function is not None, "covers() was not asked"
+    dx, queries = torch.empty_like(x), g.shape[1]
+    places, _masks = _places(spans)
+    pointers = (tensor.data_ptr() for tensor in (g, x, o, norms, dx))
+    function(*pointers, places, len(spans), queries, (x.shape[1] - queries) // 2, x.shape[2])
+    return dx
