@@ -82,7 +82,9 @@ def made(case: Case, linear: Linear) -> Given:
     drops = [(slice(low, high), Drop(case.seed, low, STEPS // 3)) for low, high in case.drops]
     norm = random(case.inputs).to(BF16) if case.before == "norm" else None
     step = kernels.Matmul(frozen, Walks(None), parts, drops, norm, 1e-5, case.before == "gate")
-    pairs = [t for (low, high, rank) in case.parts for t in (random(rank, case.inputs, scale=case.inputs**-0.5), random(32 * (high - low), rank, scale=rank**-0.5))]
+    pairs = [
+        t for (low, high, rank) in case.parts for t in (random(rank, case.inputs, scale=case.inputs**-0.5), random(32 * (high - low), rank, scale=rank**-0.5))
+    ]
     width = 2 * case.inputs if case.before == "gate" else case.inputs
     residual = random(case.rows, case.outputs).to(BF16) if case.residual else None
     return Given(step, random(case.rows, width).to(BF16), residual, pairs, random(case.rows, case.outputs).to(BF16))

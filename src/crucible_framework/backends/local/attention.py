@@ -18,7 +18,7 @@ from .attending import attend_packed, attend_packed_back, covers
 from .kernels import Context
 from .walks import Span, Walks
 
-__all__ = ["SHORT", "Attention", "Rotation", "Span", "attend", "rotate"]
+__all__ = ["SHORT", "Attention", "Found", "Pattern", "Rotation", "Span", "attend", "attention", "attention_back", "rotate"]
 
 SHORT = 512
 """Tokens of a run up to which attention may keep its probabilities."""
@@ -136,49 +136,80 @@ def _backward(g: Tensor, x: Tensor, o: Tensor, dx: Tensor, *, kept: Tensor | Non
         part[:, span.skip :].copy_(turned[:, span.skip :])
 
 
-class Attention(torch.autograd.Function):
-    """Causal attention of packed heads [T, heads + 2 · key-value heads, D] → [T, heads, D]; it rotates its input in place and owns it.
+@dataclass(slots=True, frozen=True, eq=False)
+class Pattern:
+    """How packed heads [T, heads + 2 · key-value heads, D] attend: query heads, positions, and which tokens see each other."""
 
-    Called as `apply(heads, count of query heads, rotation, spans)`.
+    queries: int
+    rotation: Rotation
+    spans: Sequence[Span]
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class Found:
+    """Attention's result o [T, heads, D] and what its backward pass needs beside its input.
+
+    Attributes:
+        raw: two tensors of the norms of queries and keys, if there are any, then what the spans keep.
+        has: which span keeps something; None: one tensor is kept for all.
     """
 
+    o: Tensor
+    raw: Sequence[Tensor]
+    has: Sequence[bool] | None
+
+
+def attention(x: Tensor, pattern: Pattern, *, wanted: bool) -> Found:
+    """Causal attention of packed heads, which it rotates in place; `wanted`: there will be a backward pass."""
+    queries, rotation, spans = pattern.queries, pattern.rotation, pattern.spans
+    keys, walks = (x.shape[1] - queries) // 2, rotation.walks
+    raw = rotate(x, queries + keys, rotation) or ()
+    if covers(walks.folder, x, spans):
+        o, norms = attend_packed(walks.folder, x, queries, spans, norms=wanted)
+        return Found(o, [*raw, *([] if norms is None else [norms])], None)
+    o = x.new_empty((x.shape[0], queries, x.shape[2]))
+    kept = [_forward(x, o, _Work(span, queries, keys, walks)) for span in spans]
+    return Found(o, [*raw, *(part for part in kept if part is not None)], [part is not None for part in kept])
+
+
+def attention_back(g: Tensor, x: Tensor, found: Found, pattern: Pattern) -> Tensor:
+    """The gradient of the heads as they came, from that of o, contiguous; x is what `attention` left of its input."""
+    queries, rotation, spans = pattern.queries, pattern.rotation, pattern.spans
+    keys, rest = (x.shape[1] - queries) // 2, list(found.raw)
+    raw = [rest.pop(0), rest.pop(0)] if rotation.norm is not None else []
+    if found.has is None:
+        dx = attend_packed_back(rotation.walks.folder, g, x, found.o, rest[0], spans)
+    else:
+        dx = torch.empty_like(x)
+        for span, there in zip(spans, found.has, strict=True):
+            kept = rest.pop(0) if there else None
+            work = _Work(span, queries, keys, rotation.walks)
+            if kept is not None and work.by_products(x):
+                _short_back(g, x, kept, dx, work)
+            else:
+                _backward(g, x, found.o, dx, kept=kept, work=work)
+    _rotate_back(dx, queries + keys, rotation, raw)
+    return dx
+
+
+class Attention(torch.autograd.Function):
+    """`attention` in a graph: packed heads → [T, heads, D]; it owns its input. Called as `apply(heads, pattern)`."""
+
     @staticmethod
-    def forward(ctx: Context, x: Tensor, queries: int, rotation: Rotation, spans: Sequence[Span]) -> Tensor:
+    def forward(ctx: Context, x: Tensor, pattern: Pattern) -> Tensor:
         """See the class."""
-        keys, walks = (x.shape[1] - queries) // 2, rotation.walks
-        raw = rotate(x, queries + keys, rotation)
-        kept: Sequence[Tensor | None]
-        if whole := covers(walks.folder, x, spans):
-            o, norms = attend_packed(walks.folder, x, queries, spans, norms=ctx.needs_input_grad[0])
-            kept = [norms]
-        else:
-            o = x.new_empty((x.shape[0], queries, x.shape[2]))
-            kept = [_forward(x, o, _Work(span, queries, keys, walks)) for span in spans]
+        found = attention(x, pattern, wanted=ctx.needs_input_grad[0])
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(x, o, *(raw or ()), *(part for part in kept if part is not None))
-            ctx.given = queries, keys, rotation, spans, None if whole else [part is not None for part in kept]  # type: ignore[attr-defined]
-        return o
+            ctx.save_for_backward(x, found.o, *found.raw)
+            ctx.given = pattern, found.has  # type: ignore[attr-defined]
+        return found.o
 
     @staticmethod
     def backward(ctx: Context, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the heads as they came."""
-        g = grad_outputs[0].contiguous()
-        queries, keys, rotation, spans, has = cast("tuple[int, int, Rotation, Sequence[Span], list[bool] | None]", ctx.given)  # type: ignore[attr-defined]
-        x, o, *rest = ctx.saved_tensors
-        raw, rest = (rest[:2], rest[2:]) if rotation.norm is not None else ([], rest)
-        if has is None:
-            dx = attend_packed_back(rotation.walks.folder, g, x, o, rest[0], spans)
-        else:
-            dx = torch.empty_like(x)
-            for span, there in zip(spans, has, strict=True):
-                kept = rest.pop(0) if there else None
-                work = _Work(span, queries, keys, rotation.walks)
-                if kept is not None and work.by_products(x):
-                    _short_back(g, x, kept, dx, work)
-                else:
-                    _backward(g, x, o, dx, kept=kept, work=work)
-        _rotate_back(dx, queries + keys, rotation, raw)
-        return dx, None, None, None
+        pattern, has = cast("tuple[Pattern, Sequence[bool] | None]", ctx.given)  # type: ignore[attr-defined]
+        x, o, *raw = ctx.saved_tensors
+        return attention_back(grad_outputs[0].contiguous(), x, Found(o, raw, has), pattern), None
 
 
 def rotate(x: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor] | None:

@@ -17,8 +17,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import ConfigError
-from .attention import SHORT, Attention, Rotation, attend, rotate
+from .attention import SHORT, Attention, Pattern, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
+from .layer import Layer, Plan
 from .linear import Linear
 from .lora import Active, LoraLinear, Mixed, Slot
 from .skeleton import FAMILIES
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "Joint", "Parts"]
 
+_Made = list[tuple[Matmul, list[Tensor]]]
+"""A layer's steps, each with its pairs A, B, A, B, …."""
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions that do not change with the length of what is read."""
 RECOMPUTE_ABOVE = 4096
@@ -258,21 +261,26 @@ class Decoder:
     # ----------------------------------------------------------------------------------------------------------- layers
     def _whole(self, layer: _Layer, x: Tensor, rotation: Rotation, spans: Sequence[Span], seeds: Sequence[int]) -> Tensor:
         """A layer over whole sequences."""
-        qkv = self._times(layer.qkv, x, seeds, norm=layer.before).view(x.shape[0], -1, self._size)
-        o = cast("Tensor", Attention.apply(qkv, self._queries, rotation, spans))  # type: ignore[no-untyped-call]
-        return self._mlp(layer, self._times(layer.out, o.flatten(1), seeds, residual=x), seeds)
+        pattern, made = Pattern(self._queries, rotation, spans), self._steps(layer, x, seeds)
+        plan = Plan(*(step for step, _ in made), pattern)
+        if plan.covers(x):
+            return cast("Tensor", Layer.apply(x, plan, *(tensor for _, pairs in made for tensor in pairs)))  # type: ignore[no-untyped-call]
+        qkv = self._times(layer.qkv, made[0], x).view(x.shape[0], -1, self._size)
+        return self._rest(layer, made, x, cast("Tensor", Attention.apply(qkv, pattern)))  # type: ignore[no-untyped-call]
 
-    def _mlp(self, layer: _Layer, x: Tensor, seeds: Sequence[int]) -> Tensor:
-        both = self._times(layer.up, x, seeds, norm=layer.between)
-        return self._times(layer.down, both, seeds, residual=x, gated=True)
+    def _rest(self, layer: _Layer, made: _Made, x: Tensor, o: Tensor) -> Tensor:
+        """A layer from the result [T, heads, D] of its attention on."""
+        x = self._times(layer.out, made[1], o.flatten(1), x)
+        return self._times(layer.down, made[3], self._times(layer.up, made[2], x), x)
 
     def _cached(
         self, layer: _Layer, x: Tensor, rotation: Rotation, *, index: int, cache: Cache, shape: torch.Size, spans: Sequence[Span] | None, seen: Tensor | None
     ) -> Tensor:
         """A layer over new tokens, whose keys and values the cache takes."""
-        qkv = self._times(layer.qkv, x, (), norm=layer.before).view(x.shape[0], -1, self._size)
+        made = self._steps(layer, x, ())
+        qkv = self._times(layer.qkv, made[0], x).view(x.shape[0], -1, self._size)
         if spans is not None:
-            o = cast("Tensor", Attention.apply(qkv, self._queries, rotation, spans))  # type: ignore[no-untyped-call]  # rotates qkv in place
+            o = cast("Tensor", Attention.apply(qkv, Pattern(self._queries, rotation, spans)))  # type: ignore[no-untyped-call]  # rotates qkv in place
             _, k, v = self._split(qkv, shape)
             cache.update(k, v, index)
         else:
@@ -280,35 +288,44 @@ class Decoder:
             q, k, v = self._split(qkv, shape)
             keys, values = cache.update(k, v, index)
             o = attend(q, keys, values, seen).transpose(1, 2).flatten(0, 1)
-        return self._mlp(layer, self._times(layer.out, o.flatten(1), (), residual=x), ())
+        return self._rest(layer, made, x, o)
 
     def _split(self, qkv: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
         """Packed heads as queries, keys and values [B, heads, L, D]."""
         return torch.split(torch.unflatten(qkv, 0, shape).transpose(1, 2), [self._queries, self._keys, self._keys], dim=1)
 
-    def _times(
-        self, joint: Joint, x: Tensor, seeds: Sequence[int], *, norm: Tensor | None = None, residual: Tensor | None = None, gated: bool = False
-    ) -> Tensor:
-        """(norm or gate →) matrix with the active adapters (+ residual); one seed per adapter where there is dropout."""
+    def _steps(self, layer: _Layer, x: Tensor, seeds: Sequence[int]) -> _Made:
+        """The layer's four steps over x [T, H] with the pairs of the active adapters; one seed per adapter where there is dropout."""
+        given: Sequence[tuple[Joint, Tensor | None, bool]]
+        given = ((layer.qkv, layer.before, False), (layer.out, None, False), (layer.up, layer.between, False), (layer.down, None, True))
+        return [self._step(joint, Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated), x, seeds) for joint, norm, gated in given]
+
+    def _step(self, joint: Joint, step: Matmul, x: Tensor, seeds: Sequence[int]) -> tuple[Matmul, list[Tensor]]:
         active, tokens = self._slot.active, x.shape[0]
-        step = Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated)
         found: Sequence[tuple[int, int, tuple[Tensor, Tensor, Tensor | float]]]
+        groups: Sequence[tuple[Active | None, int, int]]
         if isinstance(active, Mixed):
             found = [(low, high, pair) for name, low, high in joint.rows if (pair := active.joined(name, tokens, x.dtype)) is not None]
             groups = active.groups
-        else:
-            rows = [] if active is None else [(low, high, active.pairs[name]) for name, low, high in joint.rows if name in active.pairs]
-            if active is not None and rows and not torch.is_grad_enabled() and not active.drops and step.panels(x) is None:
-                return _plain(step, x, residual, active.beside(joint.rows, joint.frozen.weight))
-            found = [(low, high, (a, b, active.scale * active.raise_by)) for low, high, (a, b) in rows] if active is not None else []
+        elif active is not None:
+            scale = active.scale * active.raise_by
+            found = [(low, high, (*active.pairs[name], scale)) for name, low, high in joint.rows if name in active.pairs]
             groups = ((active, 0, tokens),)
-        if not found and not x.requires_grad and step.panels(x) is None:
-            return _plain(step, x, residual, None)
-        step.note = active.note.add if isinstance(active, Active) and active.note is not None else None
+            step.note = active.note.add if active.note is not None else None
+        else:
+            return step, []
         step.parts = [Part(low, high, scale) for low, high, (_, _, scale) in found]
         drops = [(slice(low, high), one.drop(seed, joint.rows[0][0])) for (one, low, high), seed in zip(groups, seeds, strict=False) if one is not None]
-        step.drops = [(rows_of, drop) for rows_of, drop in drops if drop is not None]
-        return cast("Tensor", LoraMatmul.apply(x, residual, step, *(tensor for _, _, (a, b, _) in found for tensor in (a, b))))  # type: ignore[no-untyped-call]
+        step.drops = [(rows_of, drop) for rows_of, drop in drops if drop is not None] if found else []
+        return step, [tensor for _, _, (a, b, _) in found for tensor in (a, b)]
+
+    def _times(self, joint: Joint, made: tuple[Matmul, list[Tensor]], h: Tensor, residual: Tensor | None = None) -> Tensor:
+        """One step over h."""
+        (step, pairs), active = made, self._slot.active
+        graph = torch.is_grad_enabled() and (bool(pairs) or h.requires_grad)
+        if not graph and not step.drops and step.panels(h) is None and not (pairs and isinstance(active, Mixed)):
+            return _plain(step, h, residual, active.beside(joint.rows, joint.frozen.weight) if pairs and isinstance(active, Active) else None)
+        return cast("Tensor", LoraMatmul.apply(h, residual, step, *pairs))  # type: ignore[no-untyped-call]
 
 
 def _plain(step: Matmul, h: Tensor, residual: Tensor | None, pair: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -157,9 +157,7 @@ def _ranks(pairs: Sequence[Tensor]) -> int:
     return sum(_up(a.shape[0]) for a in pairs[::2])
 
 
-def _call(
-    step: Matmul, panels: Panels, h: Tensor, pairs: Sequence[Tensor], r: Tensor | None, found: Sequence[Tensor] = ()
-) -> tuple[_Call, list[object]]:
+def _call(step: Matmul, panels: Panels, h: Tensor, pairs: Sequence[Tensor], r: Tensor | None, found: Sequence[Tensor] = ()) -> tuple[_Call, list[object]]:
     """What both directions say alike, and what must live until the call is over."""
     exact = [pair.detach().to(torch.float32).contiguous() for pair in pairs]
     parts, first, scales = (_Part * max(len(step.parts), 1))(), 0, None
