@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crucible_framework.backends.local import kernels
-from crucible_framework.backends.local.linear import Linear
+from crucible_framework.backends.local.linear import Linear, Step
 from crucible_framework.backends.local.walks import STEPS, Drop, Walks
 
 BF16 = torch.bfloat16
@@ -50,7 +51,7 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     rows, blocks = draw(st.integers(1, 300)), draw(st.integers(1, 4))
     cuts = sorted(draw(st.sets(st.integers(0, blocks), max_size=blocks + 1)))
-    parts = tuple((low, high, draw(st.integers(1, 40))) for low, high in zip(cuts[:-1], cuts[1:], strict=True) if draw(st.booleans()))
+    parts = tuple((low, high, draw(st.integers(1, 40))) for low, high in pairwise(cuts) if draw(st.booleans()))
     ends = sorted(draw(st.sets(st.integers(0, rows), max_size=4)))
     drops = tuple((low, high) for low, high in zip(ends[::2], ends[1::2], strict=False))
     before = draw(st.sampled_from(["norm", "gate", "nothing"]))
@@ -122,36 +123,37 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 @given(case=cases())
 def test_a_step_and_its_gradients(linear: Linear, case: Case) -> None:
     asked = made(case, linear)
-    step, panels = asked.step, asked.step.panels(asked.h)
-    assert panels is not None
-    y, kept = linear.forward(step, panels, asked.h, asked.residual, asked.pairs)
+    step = asked.step
+    assert step.compiled(asked.h) is linear
+    whole = Step(step, asked.pairs)
+    y = linear.forward(whole, asked.h, asked.residual)
     right, gradients = expected(asked)
     close(y, right)
     told = list[Tensor]()
     for note in (None, lambda left, right, factor: told.append(left.float().t() @ right.float() * factor)):
         step.note = cast("Any", note)
-        dh, found = linear.backward(step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True)
+        dh, found = linear.backward(whole, asked.h, asked.g, wanted=True)
         for ours, theirs in zip([dh, *found], gradients, strict=True):
             assert ours is not None
             close(ours, theirs)
     seconds = [t for pair in zip(gradients[2::2], strict=True) for t in pair]
     for ours, theirs in zip(told, [*seconds, *([torch.cat(gradients[1::2])] if asked.pairs else [])], strict=True):
         close(ours, theirs)
-    below, same = linear.backward(replace(step, note=None), panels, asked.h, asked.g, kept, asked.pairs, wanted=False)
+    step.note = None
+    below, same = linear.backward(whole, asked.h, asked.g, wanted=False)
     assert below is None
     assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
 
 
 def test_threads_change_no_result(linear: Linear) -> None:
     asked = made(Case(300, 96, 128, "norm", True, True, ((0, 1, 16), (1, 4, 8)), ((0, 200),), False, 1), linear)
-    step, panels, threads = asked.step, asked.step.panels(asked.h), torch.get_num_threads()
-    assert panels is not None
+    step, threads = Step(asked.step, asked.pairs), torch.get_num_threads()
     results = list[Tensor]()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            y, kept = linear.forward(step, panels, asked.h, asked.residual, asked.pairs)
-            dh, found = linear.backward(step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True)
+            y = linear.forward(step, asked.h, asked.residual)
+            dh, found = linear.backward(step, asked.h, asked.g, wanted=True)
             assert dh is not None
             results += [y, dh, *found]
     finally:
@@ -165,11 +167,10 @@ def test_threads_change_no_result(linear: Linear) -> None:
 
 def test_the_residual_s_gradient_joins_that_of_the_norm(linear: Linear) -> None:
     asked = made(Case(70, 64, 64, "norm", False, False, ((0, 2, 4),), (), False, 2), linear)
-    panels, more = asked.step.panels(asked.h), torch.randn(70, 64).to(BF16)
-    assert panels is not None
-    _, kept = linear.forward(asked.step, panels, asked.h, None, asked.pairs)
-    alone, _ = linear.backward(asked.step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True)
-    both, _ = linear.backward(asked.step, panels, asked.h, asked.g, kept, asked.pairs, wanted=True, extra=more)
+    step, more = Step(asked.step, asked.pairs), torch.randn(70, 64).to(BF16)
+    linear.forward(step, asked.h)
+    alone, _ = linear.backward(step, asked.h, asked.g, wanted=True)
+    both, _ = linear.backward(step, asked.h, asked.g, wanted=True, extra=more)
     assert alone is not None
     assert both is not None
     close(both, alone.double() + more.double())
@@ -179,11 +180,11 @@ def test_what_is_not_covered_goes_another_way(linear: Linear) -> None:
     weight = torch.randn(64, 32).to(BF16)
     frozen = kernels.Frozen(weight, pack=True, linear=linear)
     step = kernels.Matmul(frozen, Walks(None), [kernels.Part(0, 16, 1.0), kernels.Part(16, 64, 1.0)])
-    assert step.panels(torch.randn(3, 32).to(BF16)) is None
+    assert step.compiled(torch.randn(3, 32).to(BF16)) is None
     even = kernels.Matmul(frozen, Walks(None))
-    assert even.panels(torch.randn(3, 32)) is None
-    assert even.panels(torch.randn(0, 32).to(BF16)) is None
-    assert even.panels(torch.randn(3, 32).to(BF16)) is not None
+    assert even.compiled(torch.randn(3, 32)) is None
+    assert even.compiled(torch.randn(0, 32).to(BF16)) is None
+    assert even.compiled(torch.randn(3, 32).to(BF16)) is not None
     for other in (weight.float(), weight[:48], weight[:, :24]):
         assert kernels.Frozen(other, pack=True, linear=linear).panels is None
     assert kernels.Frozen(weight, pack=False, linear=linear).panels is None
@@ -193,3 +194,31 @@ def test_what_is_not_covered_goes_another_way(linear: Linear) -> None:
     whole = replace(step, parts=[kernels.Part(0, 64, 1.0)])
     joined = [torch.cat([pairs[0], pairs[2]]), torch.block_diag(pairs[1], pairs[3])]
     close(apply(h, None, step, *pairs), apply(h, None, whole, *joined).double())
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 300), inner=st.integers(1, 5), rank=st.integers(1, 20), drops=st.booleans(), adapted=st.booleans())
+def test_a_gated_pair_of_steps_is_both_of_them(linear: Linear, rows: int, inner: int, rank: int, drops: bool, adapted: bool) -> None:
+    dropped = ((0, (rows + 1) // 2),) if drops else ()
+    up = made(Case(rows, 64, 64 * inner, "norm", False, True, ((0, inner, rank), (inner, 2 * inner, 3)) if adapted else (), dropped, False, 3), linear)
+    down = made(Case(rows, 32 * inner, 64, "gate", False, False, ((0, 2, rank),), dropped, False, 4), linear)
+    apart, joint = ((Step(up.step, up.pairs), Step(down.step, down.pairs)) for _ in range(2))
+    both = linear.forward(apart[0], up.h)
+    y = linear.forward(apart[1], both, up.h)
+    slope, of_down = linear.backward(apart[1], both, down.g, wanted=True)
+    assert slope is not None
+    dh, of_up = linear.backward(apart[0], up.h, slope, wanted=True, extra=down.g)
+    found, result = linear.gated(*joint, up.h)
+    assert torch.equal(found, both)
+    assert torch.equal(result, y)
+    again, *others = linear.gated_back(*joint, up.h, both, down.g, wanted=True)
+    for one, two in zip([again, *others[0], *others[1]], [dh, *of_up, *of_down], strict=True):
+        assert torch.equal(cast("Tensor", one), cast("Tensor", two))
+    told = list[int]()
+    up.step.note = down.step.note = lambda left, right, factor: told.append(len(left))  # noqa: ARG005
+    seen, *_ = linear.gated_back(*joint, up.h, both, down.g, wanted=True)
+    assert torch.equal(cast("Tensor", seen), cast("Tensor", dh))
+    assert len(told) == (5 if adapted else 2)
+    none, *rest = linear.gated_back(*joint, up.h, both, down.g, wanted=False)
+    assert none is None
+    assert [len(one) for one in rest] == [len(up.pairs), len(down.pairs)]

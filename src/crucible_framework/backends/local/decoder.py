@@ -263,8 +263,8 @@ class Decoder:
         """A layer over whole sequences."""
         pattern, made = Pattern(self._queries, rotation, spans), self._steps(layer, x, seeds)
         plan = Plan(*(step for step, _ in made), pattern)
-        if plan.covers(x):
-            return cast("Tensor", Layer.apply(x, plan, *(tensor for _, pairs in made for tensor in pairs)))  # type: ignore[no-untyped-call]
+        if (linear := plan.linear(x)) is not None:
+            return cast("Tensor", Layer.apply(x, plan, linear, *(tensor for _, pairs in made for tensor in pairs)))  # type: ignore[no-untyped-call]
         qkv = self._times(layer.qkv, made[0], x).view(x.shape[0], -1, self._size)
         return self._rest(layer, made, x, cast("Tensor", Attention.apply(qkv, pattern)))  # type: ignore[no-untyped-call]
 
@@ -323,7 +323,7 @@ class Decoder:
         """One step over h."""
         (step, pairs), active = made, self._slot.active
         graph = torch.is_grad_enabled() and (bool(pairs) or h.requires_grad)
-        if not graph and not step.drops and step.panels(h) is None and not (pairs and isinstance(active, Mixed)):
+        if not graph and not step.drops and step.compiled(h) is None and not (pairs and isinstance(active, Mixed)):
             return _plain(step, h, residual, active.beside(joint.rows, joint.frozen.weight) if pairs and isinstance(active, Active) else None)
         return cast("Tensor", LoraMatmul.apply(h, residual, step, *pairs))  # type: ignore[no-untyped-call]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import Kept, Linear, Panels
+from .linear import Kept, Linear, Panels, Step
 from .walks import Drop, Walks
 
 __all__ = ["Context", "Frozen", "LoraMatmul", "Matmul", "Norm", "Part", "can_pack", "target_scores"]
@@ -136,9 +136,9 @@ class Matmul:
     gated: bool = False
     note: Callable[[Tensor, Tensor, float], None] | None = None
 
-    def panels(self, h: Tensor) -> Panels | None:
-        """The matrix for compiled steps, where they cover this one over h."""
-        return self.frozen.panels if Linear.covers(self, h) else None
+    def compiled(self, h: Tensor) -> Linear | None:
+        """The compiled calls, where they cover this step over h."""
+        return self.frozen.linear if Linear.covers(self, h) and self.frozen.panels is not None else None
 
     def enter(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the matrix reads, and 1 / rms where there is a norm."""
@@ -185,12 +185,12 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, h: Tensor, residual: Tensor | None, step: Matmul, *pairs: Tensor) -> Tensor:
         """See the class."""
-        linear = step.frozen.linear
-        if linear is not None and (panels := step.panels(h)) is not None:
-            y, kept = linear.forward(step, panels, h, residual, pairs)
+        if (linear := step.compiled(h)) is not None:
+            asked = Step(step, pairs)
+            y = linear.forward(asked, h, residual)
             if any(ctx.needs_input_grad):
-                ctx.save_for_backward(h, *(t for t in (kept.r, kept.low) if t is not None), *pairs)
-                ctx.step, ctx.dtypes, ctx.compiled = step, [pair.dtype for pair in pairs], (linear, panels)  # type: ignore[attr-defined]
+                ctx.save_for_backward(h, *(t for t in (asked.kept.r, asked.kept.low) if t is not None), *pairs)
+                ctx.step, ctx.dtypes, ctx.compiled = step, [pair.dtype for pair in pairs], linear  # type: ignore[attr-defined]
             return y
         x, r = step.enter(h)
         y = step.frozen.times(x)
@@ -214,10 +214,10 @@ class LoraMatmul(torch.autograd.Function):
         step, dtypes = cast("Matmul", ctx.step), cast("list[torch.dtype]", ctx.dtypes)  # type: ignore[attr-defined]
         h, *kept = ctx.saved_tensors
         r = kept.pop(0) if step.norm is not None else None
-        compiled = cast("tuple[Linear, Panels] | None", ctx.compiled)  # type: ignore[attr-defined]
-        if compiled is not None:
+        linear = cast("Linear | None", ctx.compiled)  # type: ignore[attr-defined]
+        if linear is not None:
             low = kept.pop(0) if dtypes else None
-            dh, found = compiled[0].backward(step, compiled[1], h, g, Kept(r, low), kept, wanted=ctx.needs_input_grad[0])
+            dh, found = linear.backward(Step(step, kept, Kept(r, low)), h, g, wanted=ctx.needs_input_grad[0])
             return dh, g if ctx.needs_input_grad[1] else None, None, *(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True))
         pairs, low = kept[: len(dtypes)], kept[len(dtypes) :]
         wanted = ctx.needs_input_grad[0]

@@ -69,12 +69,28 @@ class Kept:
         low: the adapters' products with their factors, bf16 [T, ranks], each adapter's from a multiple of 32 on.
     """
 
-    r: Tensor | None
-    low: Tensor | None
+    r: Tensor | None = None
+    low: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step and its pairs A [rank, in], B [out, rank], A, B, …, one per part; `kept` is set by its forward pass."""
+
+    step: Matmul
+    pairs: Sequence[Tensor]
+    kept: Kept = Kept()
+
+    @property
+    def panels(self) -> Panels:
+        """Of its matrix."""
+        panels = self.step.frozen.panels
+        assert panels is not None, "covers() was not asked"
+        return panels
 
 
 class Linear:
-    """The compiled calls."""
+    """The compiled calls. All take steps that `covers`."""
 
     def __init__(self, lib: ctypes.CDLL) -> None:
         self._lib, self.buffers, self._frozen = lib, Buffers(), Buffers()
@@ -98,55 +114,91 @@ class Linear:
 
     @staticmethod
     def covers(step: Matmul, h: Tensor) -> bool:
-        """Whether a step over h [T, width] is for these calls."""
+        """Whether a step over h [T, width] is for these calls, as far as its matrix is."""
         regular = all(part.low % _BLOCK == 0 and part.high % _BLOCK == 0 for part in step.parts)
         return h.dtype == torch.bfloat16 and h.is_contiguous() and h.shape[0] > 0 and regular
 
-    def forward(self, step: Matmul, panels: Panels, h: Tensor, residual: Tensor | None, pairs: Sequence[Tensor]) -> tuple[Tensor, Kept]:
-        """y [T, out] of h [T, in], or [T, 2 · in] where the step is gated.
-
-        Args:
-            step: says what is computed.
-            panels: of the step's matrix.
-            residual: [T, out], added to y.
-            pairs: A [rank, in], B [out, rank], A, B, …, one pair per part of the step.
-        """
-        rows, ranks = h.shape[0], _ranks(pairs)
-        y = self.buffers.empty((rows, panels.outputs), h.dtype)
-        r = h.new_empty((rows, 1), dtype=torch.float32) if step.norm is not None else None
-        low = self.buffers.empty((rows, ranks), h.dtype) if pairs else None
-        call, held = _call(step, panels, h, pairs, r)
-        residual = None if residual is None else residual.contiguous()
-        call.y, call.residual, call.low = y.data_ptr(), _address(residual), _address(low)
+    def forward(self, asked: Step, h: Tensor, residual: Tensor | None = None) -> Tensor:
+        """y [T, out] of h [T, in], or [T, 2 · in] where the step is gated; the residual is added to it."""
+        call, y, _held = self._forward(asked, h, residual)
         self._lib.crucible_linear(ctypes.byref(call))
-        del held
-        return y, Kept(r, low)
+        return y
 
-    def backward(
-        self, step: Matmul, panels: Panels, h: Tensor, g: Tensor, kept: Kept, pairs: Sequence[Tensor], *, wanted: bool, extra: Tensor | None = None
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradients of h, where it is `wanted`, and fp32 of A, B, A, B, …, of that with respect to y, g [T, out].
+    def gated(self, up: Step, down: Step, h: Tensor) -> tuple[Tensor, Tensor]:
+        """A step over h and a gated one over its result, to which h is added: the results of both."""
+        first, both, _held = self._forward(up, h, None)
+        second, y, _kept = self._forward(down, both, h)
+        self._lib.crucible_gated(ctypes.byref(first), ctypes.byref(second))
+        return both, y
+
+    def backward(self, asked: Step, h: Tensor, g: Tensor, *, wanted: bool, extra: Tensor | None = None) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradients of h, where it is `wanted`, and fp32 of the pairs, from that of y, g [T, out].
 
         `step.note` is told as kernels.py says; `extra`, which has the shape of h, is added to the gradient of h where the step has a norm.
         """
-        rows, noted = h.shape[0], step.note is not None and bool(pairs)
         dh = self.buffers.empty(tuple(h.shape), h.dtype) if wanted else None
-        found = [torch.empty(pair.shape, dtype=torch.float32) for pair in pairs]
-        call, held = _call(step, panels, h, pairs, kept.r, found)
-        inner = h.new_empty((rows, _ranks(pairs))) if noted else None
-        dropped = h.new_empty((rows, panels.inputs)) if noted else None
-        call.g, call.low, call.dh, call.extra = g.data_ptr(), _address(kept.low), _address(dh), _address(extra)
+        back = self._backward(asked, h, g, dh=dh, extra=extra)
+        self._lib.crucible_linear_back(ctypes.byref(back.call))
+        back.tell()
+        return dh, back.found
+
+    def gated_back(self, up: Step, down: Step, h: Tensor, both: Tensor, g: Tensor, *, wanted: bool) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+        """The gradients of h, where it is `wanted`, and of both steps' pairs, from that of what `gated` gave last, g; `both` is what it gave first."""
+        if up.step.note is not None or not wanted:  # the gradient of `both` must be seen, or the first step may not matter
+            slope, of_down = self.backward(down, both, g, wanted=wanted or bool(up.pairs))
+            dh, of_up = (None, list[Tensor]()) if slope is None else self.backward(up, h, slope, wanted=wanted, extra=g)
+            return dh, of_up, of_down
+        dh = self.buffers.empty(tuple(h.shape), h.dtype)
+        first, second = self._backward(up, h, None, dh=dh, extra=g), self._backward(down, both, g)
+        self._lib.crucible_gated_back(ctypes.byref(first.call), ctypes.byref(second.call))
+        return dh, first.found, second.found
+
+    def _forward(self, asked: Step, h: Tensor, residual: Tensor | None) -> tuple[_Call, Tensor, object]:
+        """The call, what it fills, and what must live until it is over."""
+        step, rows = asked.step, h.shape[0]
+        y = self.buffers.empty((rows, asked.panels.outputs), h.dtype)
+        r = h.new_empty((rows, 1), dtype=torch.float32) if step.norm is not None else None
+        low = self.buffers.empty((rows, _ranks(asked.pairs)), h.dtype) if asked.pairs else None
+        asked.kept = Kept(r, low)
+        call, held = _call(asked, h, ())
+        residual = None if residual is None else residual.contiguous()
+        call.y, call.residual = y.data_ptr(), _address(residual)
+        return call, y, (held, residual)
+
+    def _backward(self, asked: Step, h: Tensor, g: Tensor | None, *, dh: Tensor | None = None, extra: Tensor | None = None) -> _Back:
+        noted = asked.step.note is not None and bool(asked.pairs)
+        found = [torch.empty(pair.shape, dtype=torch.float32) for pair in asked.pairs]
+        call, held = _call(asked, h, found)
+        inner = h.new_empty((h.shape[0], _ranks(asked.pairs))) if noted else None
+        dropped = h.new_empty((h.shape[0], asked.panels.inputs)) if noted else None
+        call.g, call.dh, call.extra = _address(g), _address(dh), _address(extra)
         call.inner, call.dropped = _address(inner), _address(dropped)
-        self._lib.crucible_linear_back(ctypes.byref(call))
-        del held
-        if step.note is not None and inner is not None and dropped is not None and kept.low is not None:
-            first, columns = 0, list[Tensor]()
-            for part, a in zip(step.parts, pairs[::2], strict=True):
-                step.note(g[:, part.low : part.high], kept.low[:, first : first + a.shape[0]], 1.0)
-                columns.append(inner[:, first : first + a.shape[0]])
-                first += _up(a.shape[0])
-            step.note(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1), dropped, 1.0)
-        return dh, found
+        return _Back(asked, call, found, g, inner, dropped, held)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class _Back:
+    """A backward call with what it fills and what must live until it is over."""
+
+    asked: Step
+    call: _Call
+    found: list[Tensor]
+    g: Tensor | None
+    inner: Tensor | None
+    dropped: Tensor | None
+    held: object
+
+    def tell(self) -> None:
+        """Tells the step's `note` of the matrices whose products are the gradients of its pairs."""
+        step, low = self.asked.step, self.asked.kept.low
+        if step.note is None or self.g is None or self.inner is None or self.dropped is None or low is None:
+            return
+        first, columns = 0, list[Tensor]()
+        for part, a in zip(step.parts, self.asked.pairs[::2], strict=True):
+            step.note(self.g[:, part.low : part.high], low[:, first : first + a.shape[0]], 1.0)
+            columns.append(self.inner[:, first : first + a.shape[0]])
+            first += _up(a.shape[0])
+        step.note(columns[0] if len(columns) == 1 else torch.cat(columns, dim=1), self.dropped, 1.0)
 
 
 def _up(ranks: int) -> int:
@@ -157,11 +209,12 @@ def _ranks(pairs: Sequence[Tensor]) -> int:
     return sum(_up(a.shape[0]) for a in pairs[::2])
 
 
-def _call(step: Matmul, panels: Panels, h: Tensor, pairs: Sequence[Tensor], r: Tensor | None, found: Sequence[Tensor] = ()) -> tuple[_Call, list[object]]:
+def _call(asked: Step, h: Tensor, found: Sequence[Tensor]) -> tuple[_Call, object]:
     """What both directions say alike, and what must live until the call is over."""
-    exact = [pair.detach().to(torch.float32).contiguous() for pair in pairs]
+    step, panels = asked.step, asked.panels
+    exact = [pair.detach().to(torch.float32).contiguous() for pair in asked.pairs]
     parts, first, scales = (_Part * max(len(step.parts), 1))(), 0, None
-    for place, part in enumerate(step.parts if pairs else ()):
+    for place, part in enumerate(step.parts):
         a, b = exact[2 * place : 2 * place + 2]
         if isinstance(part.scale, Tensor):
             scales = part.scale.float().contiguous()
@@ -176,17 +229,18 @@ def _call(step: Matmul, panels: Panels, h: Tensor, pairs: Sequence[Tensor], r: T
         bias=_address(step.frozen.bias),
         forward=panels.forward.data_ptr(),
         backward=panels.backward.data_ptr(),
+        low=_address(asked.kept.low),
         scales=_address(scales),
-        r=_address(r),
+        r=_address(asked.kept.r),
         part=ctypes.addressof(parts),
         drop=ctypes.addressof(drops),
         rows=h.shape[0],
         inputs=panels.inputs,
         outputs=panels.outputs,
         gated=int(step.gated),
-        parts=len(step.parts) if pairs else 0,
+        parts=len(step.parts),
         drops=len(step.drops),
         ranks=first,
         eps=step.eps,
     )
-    return call, [exact, parts, drops, scales, found]
+    return call, (exact, parts, drops, scales)

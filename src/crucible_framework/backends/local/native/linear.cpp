@@ -1,97 +1,11 @@
 // A frozen matrix with low-rank adapters beside it, its norm, gate, dropout and residual: the forward and the backward pass of each as one
 // walk over chunks of rows that stay in the processor's own cache. bf16 with fp32 sums. Python's side is linear.py, whose callers have
 // torch code for the same numbers up to rounding. Where the processor has no bf16 products this file gives nothing.
-#include "between.h"
+#include "adapters.h"
 #ifdef HAVE_BF16
 #include <omp.h>
 
 namespace {
-
-struct Part {  // one adapter on the outputs from `low` to before `high`
-    int32_t low, high;
-    int32_t first, ranks;  // where its ranks stand in `low`'s columns: from a multiple of 32 on
-    float scale;
-    const float *a, *b;    // [ranks][inputs], [high - low][ranks]
-    float *da, *db;        // their gradients
-};
-struct Drop {  // rows from `low` to before `high` lose numbers for the adapters
-    int32_t low, high;
-    uint64_t start;
-    int32_t threshold;
-};
-struct Call {
-    const uint16_t *h, *norm, *residual, *bias, *forward, *backward, *g, *extra;
-    uint16_t *y, *low, *dh, *inner, *dropped;
-    const float* scales;  // of the ranks of each row, [rows][ranks], or null
-    float* r;
-    const Part* part;
-    const Drop* drop;
-    int32_t rows, inputs, outputs, gated, parts, drops, ranks;
-    float eps;
-};
-
-constexpr int CHUNK = 128;       // rows whose activations, with a panel, stay in a core's own cache
-constexpr size_t LARGE = 1 << 22;  // bytes of a result that no cache keeps until it is read
-
-inline int up32(int n) { return (n + 31) / 32 * 32; }
-const Drop* drop_of(const Call& c, int row) {
-    for (const Drop* d = c.drop; d < c.drop + c.drops; d++)
-        if (row >= d->low && row < d->high) return d;
-    return nullptr;
-}
-
-// -------------------------------------------------------------------------------------------------------------- scratch
-struct Scratch {
-    Array<uint16_t> x, g, dropped, low, turned, inner, dx, pairs;  // all but `turned` and `pairs` in pieces
-    Array<uint32_t> masks;
-    Array<float> da, db;
-};
-Scratch& scratch() {
-    static thread_local Scratch mine;
-    return mine;
-}
-template <class T> T* room(Array<T>& array, size_t n) {
-    if (array.size() < n) array.resize(n);
-    return array.data();
-}
-
-// An adapter's matrices as panels. `a` reads inputs and gives ranks, `b` reads ranks and gives outputs; `a_back` and `b_back` the other way.
-struct Panels {
-    Array<uint16_t> a, b;
-};
-Panels& panels() {
-    static thread_local Panels mine;
-    return mine;
-}
-void pack_forward(const Call& c, Panels& p) {
-    uint16_t *a = room(p.a, (size_t)c.ranks * c.inputs), *b = room(p.b, (size_t)c.outputs * 32 * std::max(1, c.ranks / 32));
-    memset(a, 0, (size_t)c.ranks * c.inputs * 2);
-    for (const Part* part = c.part; part < c.part + c.parts; part++) {
-        for (int j = 0; j < part->ranks; j++) {
-            uint16_t* to = a + (size_t)((part->first + j) / 16) * 16 * c.inputs + (part->first + j) % 16 * 2;
-            const float* from = part->a + (size_t)j * c.inputs;
-            for (int k = 0; k < c.inputs; k += 2) to[k * 16] = rounded(from[k]), to[k * 16 + 1] = rounded(from[k + 1]);
-        }
-        const int wide = up32(part->ranks);
-        for (int n = part->low; n < part->high; n++) {
-            uint16_t* to = b + (size_t)(n / 16) * 16 * c.ranks + n % 16 * 2;
-            const float* from = part->b + (size_t)(n - part->low) * part->ranks;
-            for (int j = 0; j < wide; j++) to[j / 2 * 32 + j % 2] = j < part->ranks ? rounded(from[j]) : 0;
-        }
-    }
-}
-void pack_backward(const Call& c, Panels& p) {
-    uint16_t *a = room(p.a, (size_t)c.ranks * c.inputs), *b = room(p.b, (size_t)c.ranks * c.outputs);
-    memset(a, 0, (size_t)c.ranks * c.inputs * 2), memset(b, 0, (size_t)c.ranks * c.outputs * 2);
-    for (const Part* part = c.part; part < c.part + c.parts; part++)
-        for (int j = 0; j < part->ranks; j++) {
-            const int rank = part->first + j;
-            const float* from = part->a + (size_t)j * c.inputs;
-            for (int k = 0; k < c.inputs; k++) a[(size_t)(k / 16) * 16 * c.ranks + rank / 2 * 32 + k % 16 * 2 + rank % 2] = rounded(from[k]);
-            uint16_t* to = b + (size_t)(rank / 16) * 16 * c.outputs + rank % 16 * 2;
-            for (int n = part->low; n < part->high; n++) to[n / 2 * 32 + n % 2] = rounded(part->b[(size_t)(n - part->low) * part->ranks + j]);
-        }
-}
 
 // --------------------------------------------------------------------------------------------------------------- chunks
 template <class F> void in_chunks(const Call& c, const F& work) {
@@ -179,41 +93,63 @@ Term frozen(const uint16_t* x, int t, int rows, const uint16_t* panels, int n, i
     return term;
 }
 
-void forward_rows(const Call& c, int from, int rows, const Panels& p) {
+const Part* part_of(const Call& c, int n) {
+    for (const Part* part = c.part; part < c.part + c.parts; part++)
+        if (n >= part->low && n < part->high) return part;
+    return nullptr;
+}
+
+// The adapters' products with x, which are kept too, in pieces.
+const uint16_t* ranks_of(const Call& c, int from, int rows, const Panels& p, const uint16_t* x) {
     Scratch& s = scratch();
     alignas(64) float block[BLOCK * BLOCK];
-    const uint16_t* x = enter(c, from, rows, s, false);
-    uint16_t* low = room(s.low, (size_t)CHUNK * std::max(c.ranks, 1));
-    if (c.parts) {
-        const uint16_t* read = dropped(c, from, rows, x, s);
-        for (const Part* part = c.part; part < c.part + c.parts; part++)
-            for (int first = 0; first < part->ranks; first += 32)
-                for (int t = 0; t < rows; t += 32) {
-                    const Term term = in_pieces(read + (size_t)t * c.inputs, c.inputs, p.a.data() + (size_t)(part->first + first) * c.inputs, (size_t)16 * c.inputs, c.inputs / 2);
-                    if (part->ranks - first > 16) product<2>(&term, 1, rows - t, block, false);
-                    else product<1>(&term, 1, rows - t, block, false);
-                    put_ranks(c, *part, from + t, rows - t, first, block, low + (size_t)t * c.ranks);
-                }
-        copy_ranks(c, from, rows, low, true, c.low);
-    }
-    const Part* part = c.part;
-    const bool past = (size_t)c.rows * c.outputs * 2 > LARGE;
-    for (int n = 0; n < c.outputs; n += 32) {
-        while (part < c.part + c.parts && n >= part->high) part++;
-        const bool adapted = part < c.part + c.parts && n >= part->low;
-        for (int t = 0; t < rows; t += 32) {
-            Term terms[2] = {frozen(x, t, rows, c.forward, n, c.inputs), {}};
-            if (adapted) terms[1] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, p.b.data() + (size_t)n * c.ranks, (size_t)16 * c.ranks, up32(part->ranks) / 2);
-            product<2>(terms, adapted ? 2 : 1, rows - t, block, false);
-            for (int i = 0; i < std::min(32, rows - t); i++) {
-                const size_t at = (size_t)(from + t + i) * c.outputs + n;
-                __m512 first = _mm512_load_ps(block + i * 32), second = _mm512_load_ps(block + i * 32 + 16);
-                if (c.bias) first += lower(raw(c.bias + n)), second += upper(raw(c.bias + n));
-                if (c.residual) first += lower(raw(c.residual + at)), second += upper(raw(c.residual + at));
-                put(c.y + at, first, second, past);
+    uint16_t* low = room(s.low, (size_t)CHUNK * c.ranks);
+    const uint16_t* read = dropped(c, from, rows, x, s);
+    for (const Part* part = c.part; part < c.part + c.parts; part++)
+        for (int first = 0; first < part->ranks; first += 32)
+            for (int t = 0; t < rows; t += 32) {
+                const uint16_t* a = p.a.data() + (size_t)(part->first + first) * c.inputs;
+                const Term term = in_pieces(read + (size_t)t * c.inputs, c.inputs, a, (size_t)16 * c.inputs, c.inputs / 2);
+                if (part->ranks - first > 16) product<2>(&term, 1, rows - t, block, false);
+                else product<1>(&term, 1, rows - t, block, false);
+                put_ranks(c, *part, from + t, rows - t, first, block, low + (size_t)t * c.ranks);
             }
+    copy_ranks(c, from, rows, low, true, c.low);
+    return low;
+}
+
+// y of some rows, given what the matrix reads of them. With `gated` its two halves go through a gate too, to there, in pieces.
+void forward_rows(const Call& c, int from, int rows, const Panels& p, const uint16_t* x, uint16_t* gated) {
+    alignas(64) float block[2][BLOCK * BLOCK];
+    const uint16_t* low = c.parts ? ranks_of(c, from, rows, p, x) : nullptr;
+    const bool past = (size_t)c.rows * c.outputs * 2 > LARGE;
+    const int half = c.outputs / 2;
+    auto times = [&](int n, int t, float* to) {
+        Term terms[2] = {frozen(x, t, rows, c.forward, n, c.inputs), {}};
+        const Part* part = part_of(c, n);
+        if (part)
+            terms[1] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, p.b.data() + (size_t)n * c.ranks, (size_t)16 * c.ranks, up32(part->ranks) / 2);
+        product<2>(terms, part ? 2 : 1, rows - t, to, false);
+    };
+    auto leave = [&](int n, int row, const float* found) {
+        const size_t at = (size_t)row * c.outputs + n;
+        __m512 first = _mm512_load_ps(found), second = _mm512_load_ps(found + 16);
+        if (c.bias) first += lower(raw(c.bias + n)), second += upper(raw(c.bias + n));
+        if (c.residual) first += lower(raw(c.residual + at)), second += upper(raw(c.residual + at));
+        put(c.y + at, first, second, past);
+        return halves(first, second);
+    };
+    for (int n = 0; n < (gated ? half : c.outputs); n += 32)
+        for (int t = 0; t < rows; t += 32) {
+            const int here = std::min(32, rows - t);
+            times(n, t, block[0]);
+            if (gated) times(n + half, t, block[1]);
+            for (int i = 0; i < here; i++) {
+                const Halves a = leave(n, from + t + i, block[0] + i * 32);
+                if (gated) _mm512_storeu_si512(gated + place(t + i, n, half), gate(a, leave(n + half, from + t + i, block[1] + i * 32)));
+            }
+            for (int i = here; gated && i < 32; i++) _mm512_storeu_si512(gated + place(t + i, n, half), _mm512_setzero_si512());
         }
-    }
 }
 
 // ------------------------------------------------------------------------------------------------------------- backward
@@ -242,7 +178,7 @@ void add_sums(const uint16_t* turned, int ranks, const uint16_t* x, int width, i
 }
 
 // The gradients of the adapters; gives their inner gradient, in pieces.
-const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p, const uint16_t* g, float* da, float* db) {
+const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p, const uint16_t* g, Sums& sums) {
     Scratch& s = scratch();
     alignas(64) float block[BLOCK * BLOCK];
     uint16_t *inner = room(s.inner, (size_t)CHUNK * c.ranks), *low = room(s.low, (size_t)CHUNK * c.ranks), *turned = room(s.turned, (size_t)CHUNK * 32);
@@ -259,8 +195,8 @@ const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p
                 put_ranks(c, *part, from + t, rows - t, first, block, inner + (size_t)t * c.ranks);
             }
             const size_t at = place(0, rank, c.ranks);
-            add_sums(turn(inner + at, c.ranks, rows, turned), count, read, c.inputs, 0, c.inputs, rows, da + (size_t)rank * c.inputs, s);
-            add_sums(turn(low + at, c.ranks, rows, turned), count, g, c.outputs, part->low, outputs, rows, db + (size_t)rank * c.outputs + (size_t)part->low * 32, s);
+            add_sums(turn(inner + at, c.ranks, rows, turned), count, read, c.inputs, 0, c.inputs, rows, sums.a.data() + (size_t)rank * c.inputs, s);
+            add_sums(turn(low + at, c.ranks, rows, turned), count, g, c.outputs, part->low, outputs, rows, sums.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 32, s);
         }
     if (c.inner) copy_ranks(c, from, rows, inner, true, c.inner);
     for (int t = 0; c.dropped && t < rows; t++)
@@ -268,20 +204,21 @@ const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p
     return inner;
 }
 
-void backward_rows(const Call& c, int from, int rows, const Panels& p, float* da, float* db) {
+// The gradient of h for some rows, given that of y in pieces; with `slopes` that of a gated step's h goes there, in pieces.
+void backward_rows(const Call& c, int from, int rows, const Panels& p, const uint16_t* g, Sums& sums, uint16_t* slopes) {
     Scratch& s = scratch();
     alignas(64) float block[BLOCK * BLOCK];
-    const uint16_t* g = cut(c.g + (size_t)from * c.outputs, rows, c.outputs, room(s.g, (size_t)CHUNK * c.outputs));
-    const uint16_t* inner = c.parts ? adapters_back(c, from, rows, p, g, da, db) : nullptr;
-    if (!c.dh) return;
+    const uint16_t* inner = c.parts ? adapters_back(c, from, rows, p, g, sums) : nullptr;
+    if (!c.dh && !slopes) return;
     uint16_t* dx = room(s.dx, (size_t)CHUNK * c.inputs);
-    const bool past = c.gated && (size_t)c.rows * c.inputs * 4 > LARGE;
+    const bool past = c.gated && (size_t)c.rows * c.inputs * 4 > LARGE, begun = c.parts && c.drops;
+    const int wide = 2 * c.inputs;
     for (int k = 0; k < c.inputs; k += 32)
         for (int t = 0; t < rows; t += 32) {
             const int here = std::min(32, rows - t);
             Term terms[2] = {frozen(g, t, rows, c.backward, k, c.outputs), {}};
             if (c.parts) terms[1] = in_pieces(inner + (size_t)t * c.ranks, c.ranks, p.a.data() + (size_t)k * c.ranks, (size_t)16 * c.ranks, c.ranks / 2);
-            if (c.parts && c.drops) {
+            if (begun) {
                 product<2>(terms + 1, 1, here, block, false);
                 for (int i = 0; i < here; i++) {
                     const uint32_t mask = s.masks[((t + i) * c.inputs + k) / 32];
@@ -290,47 +227,28 @@ void backward_rows(const Call& c, int from, int rows, const Panels& p, float* da
                     _mm512_store_ps(row + 16, _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), row + 16));
                 }
             }
-            const bool begun = c.parts && c.drops;
             product<2>(terms, c.parts && !begun ? 2 : 1, here, block, begun);
             for (int i = 0; i < here; i++) {
                 const size_t row = from + t + i;
                 const __m512 first = _mm512_load_ps(block + i * 32), second = _mm512_load_ps(block + i * 32 + 16);
-                if (c.norm) put(dx + place(t + i, k, c.inputs), first, second);
-                else if (!c.gated) put(c.dh + row * c.inputs + k, first, second);
-                else {
-                    const uint16_t* h = c.h + row * 2 * c.inputs + k;
-                    uint16_t* dh = c.dh + row * 2 * c.inputs + k;
-                    const Halves a = raw(h), b = raw(h + c.inputs);
-                    __m512 da[2], db[2];
-                    gate_slopes(first, lower(a), lower(b), da[0], db[0]), gate_slopes(second, upper(a), upper(b), da[1], db[1]);
-                    put(dh, da[0], da[1], past), put(dh + c.inputs, db[0], db[1], past);
-                }
+                if (c.norm) { put(dx + place(t + i, k, c.inputs), first, second); continue; }
+                if (!c.gated) { put(c.dh + row * c.inputs + k, first, second); continue; }
+                const Halves a = raw(c.h + row * wide + k), b = raw(c.h + row * wide + c.inputs + k);
+                __m512 da[2], db[2];
+                gate_slopes(first, lower(a), lower(b), da[0], db[0]), gate_slopes(second, upper(a), upper(b), da[1], db[1]);
+                if (slopes) put(slopes + place(t + i, k, wide), da[0], da[1]), put(slopes + place(t + i, c.inputs + k, wide), db[0], db[1]);
+                else put(c.dh + row * wide + k, da[0], da[1], past), put(c.dh + row * wide + c.inputs + k, db[0], db[1], past);
             }
+            for (int i = here; slopes && i < 32; i++)
+                for (int side = k; side < wide; side += c.inputs) _mm512_storeu_si512(slopes + place(t + i, side, wide), _mm512_setzero_si512());
         }
     for (int t = 0; c.norm && t < rows; t++) {
         const size_t at = (size_t)(from + t) * c.inputs;
         norm_back(dx + place(t, 0, c.inputs), 512, c.h + at, c.norm, c.extra ? c.extra + at : nullptr, c.dh + at, c.inputs, c.r[from + t]);
     }
 }
-
-// The blocks of all threads, added up in their order, as the gradients of a part.
-void gather(const Call& c, const Part& part, const std::vector<std::vector<Array<float>>>& sums) {
-    for (int j = 0; j < part.ranks; j++) {
-        const int rank = part.first + j / 32 * 32, row = j % 32 * 32;
-        float* da = part.da + (size_t)j * c.inputs;
-        for (int k = 0; k < c.inputs; k += 16) {
-            __m512 sum = _mm512_setzero_ps();
-            for (auto& one : sums)
-                if (!one.empty()) sum += _mm512_loadu_ps(&one[0][(size_t)rank * c.inputs + (size_t)(k / 32) * 1024 + row + k % 32]);
-            _mm512_storeu_ps(da + k, sum);
-        }
-        for (int n = part.low; n < part.high; n++) {
-            float sum = 0;
-            for (auto& one : sums)
-                if (!one.empty()) sum += one[1][(size_t)rank * c.outputs + (size_t)(n / 32) * 1024 + row + n % 32];
-            part.db[(size_t)(n - part.low) * part.ranks + j] = sum;
-        }
-    }
+const uint16_t* cut_gradient(const Call& c, int from, int rows) {
+    return cut(c.g + (size_t)from * c.outputs, rows, c.outputs, room(scratch().g, (size_t)CHUNK * c.outputs));
 }
 
 }  // namespace
@@ -345,21 +263,44 @@ extern "C" void crucible_panels(const uint16_t* weight, uint16_t* forward, uint1
         }
 }
 extern "C" void crucible_linear(const Call* c) {
-    Panels& p = panels();
-    if (c->parts) pack_forward(*c, p);
-    in_chunks(*c, [&](int from, int rows, int) { forward_rows(*c, from, rows, p); });
+    static thread_local Panels panels;
+    const Panels& p = panels;
+    if (c->parts) pack_forward(*c, panels);
+    in_chunks(*c, [&](int from, int rows, int) { forward_rows(*c, from, rows, p, enter(*c, from, rows, scratch(), false), nullptr); });
 }
 extern "C" void crucible_linear_back(const Call* c) {
-    Panels& p = panels();
-    if (c->parts) pack_backward(*c, p);
-    static thread_local std::vector<std::vector<Array<float>>> sums;
-    auto& mine = sums;
-    mine.assign(omp_get_max_threads(), {});
-    in_chunks(*c, [&](int from, int rows, int thread) {
-        auto& own = mine[thread];
-        if (own.empty() && c->parts) own = {Array<float>((size_t)c->ranks * c->inputs), Array<float>((size_t)c->ranks * c->outputs)};
-        backward_rows(*c, from, rows, p, c->parts ? own[0].data() : nullptr, c->parts ? own[1].data() : nullptr);
+    static thread_local Panels panels;
+    static thread_local std::vector<Sums> sums;
+    const Panels& p = panels;
+    auto& mine = none_used(sums);
+    if (c->parts) pack_backward(*c, panels);
+    in_chunks(*c, [&](int from, int rows, int thread) { backward_rows(*c, from, rows, p, cut_gradient(*c, from, rows), begin(*c, mine, thread), nullptr); });
+    gather(*c, mine);
+}
+// A step whose result goes through a gate into a second one.
+extern "C" void crucible_gated(const Call* up, const Call* down) {
+    static thread_local Panels panels[2];
+    const Panels* p = panels;
+    if (up->parts) pack_forward(*up, panels[0]);
+    if (down->parts) pack_forward(*down, panels[1]);
+    in_chunks(*up, [&](int from, int rows, int) {
+        uint16_t* gated = room(scratch().gated, (size_t)CHUNK * down->inputs);
+        forward_rows(*up, from, rows, p[0], enter(*up, from, rows, scratch(), false), gated);
+        forward_rows(*down, from, rows, p[1], gated, nullptr);
     });
-    for (const Part* part = c->part; part < c->part + c->parts; part++) gather(*c, *part, mine);
+}
+extern "C" void crucible_gated_back(const Call* up, const Call* down) {
+    static thread_local Panels panels[2];
+    static thread_local std::vector<Sums> sums[2];
+    const Panels* p = panels;
+    auto &above = none_used(sums[0]), &below = none_used(sums[1]);
+    if (up->parts) pack_backward(*up, panels[0]);
+    if (down->parts) pack_backward(*down, panels[1]);
+    in_chunks(*up, [&](int from, int rows, int thread) {
+        uint16_t* slopes = room(scratch().slopes, (size_t)CHUNK * up->outputs);
+        backward_rows(*down, from, rows, p[1], cut_gradient(*down, from, rows), begin(*down, below, thread), slopes);
+        backward_rows(*up, from, rows, p[0], slopes, begin(*up, above, thread), nullptr);
+    });
+    gather(*up, above), gather(*down, below);
 }
 #endif
