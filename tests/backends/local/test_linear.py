@@ -222,3 +222,35 @@ def test_a_gated_pair_of_steps_is_both_of_them(linear: Linear, rows: int, inner:
     none, *rest = linear.gated_back(*joint, up.h, both, down.g, wanted=False)
     assert none is None
     assert [len(one) for one in rest] == [len(up.pairs), len(down.pairs)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 300), vocabulary=st.integers(1, 80), seed=st.integers(0, 9))
+def test_scores_of_targets(linear: Linear, rows: int, vocabulary: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(32 * vocabulary, 64, generator=generator).to(BF16)
+    frozen = kernels.Frozen(weight, pack=True, linear=linear)
+    h, targets = (torch.randn(rows, 64, generator=generator) * 0.5).to(BF16), torch.randint(0, 32 * vocabulary, (rows,), generator=generator)
+    exact = h.double().requires_grad_()
+    theirs = (exact @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert frozen.panels is not None
+    ours, slope = linear.scores(frozen.panels, h, targets, slope=True)
+    torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-4, atol=1e-4)
+    assert slope is not None
+    (gradient,) = torch.autograd.grad(theirs.sum(), exact)
+    close(slope, gradient)
+    alone, none = linear.scores(frozen.panels, h, targets, slope=False)
+    assert none is None
+    assert torch.equal(alone, ours)
+    close(frozen.times(h), h.double() @ weight.double().t())
+    up = torch.randn(rows, 32 * vocabulary, generator=generator).to(BF16)
+    close(frozen.back(up), up.double() @ weight.double())
+
+
+def test_a_score_that_is_no_number_is_told(linear: Linear) -> None:
+    frozen = kernels.Frozen(torch.randn(64, 32).to(BF16), pack=True, linear=linear)
+    h = torch.randn(3, 32).to(BF16)
+    h[1, 4] = float("nan")
+    assert frozen.panels is not None
+    scores, _ = linear.scores(frozen.panels, h, torch.tensor([0, 1, 2]), slope=False)
+    assert scores.isnan().tolist() == [False, True, False]

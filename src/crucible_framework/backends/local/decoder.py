@@ -140,7 +140,8 @@ class Decoder:
         self._norm = cast("Tensor", model.get_submodule("model.norm").weight).detach()
         output = cast("LoraLinear", model.get_submodule(head))
         pack = pack and can_pack(output.weight)
-        self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack), head
+        linear = walks.linear if output.weight.dtype == torch.bfloat16 else None
+        self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack, linear=linear), head
         self._layers = [self._layer(layer, pack=pack) for layer in model.get_submodule("model.layers").children()]
         self.recompute_above = RECOMPUTE_ABOVE
 
@@ -194,7 +195,7 @@ class Decoder:
     def _layer(self, layer: nn.Module, *, pack: bool) -> _Layer:
         def joint(*names: str) -> Joint:
             layers = [cast("LoraLinear", layer.get_submodule(name)) for name in names]
-            return Joint.of(layers, pack=pack, linear=self.walks.linear if layers[0].weight.dtype == torch.bfloat16 else None)
+            return Joint.of(layers, pack=pack, linear=self.head.linear)
 
         def norm(name: str) -> Tensor:
             return cast("Tensor", layer.get_submodule(name).weight).detach()

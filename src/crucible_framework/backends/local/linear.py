@@ -21,7 +21,7 @@ from .native import library
 if TYPE_CHECKING:
     from .kernels import Matmul
 
-__all__ = ["Kept", "Linear", "Panels"]
+__all__ = ["Kept", "Linear", "Panels", "Step"]
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 _BLOCK = 32
@@ -153,6 +153,30 @@ class Linear:
         self._lib.crucible_gated_back(ctypes.byref(first.call), ctypes.byref(second.call))
         return dh, first.found, second.found
 
+    def times(self, panels: Panels, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, in] → [T, out]."""
+        y = self.buffers.empty((x.shape[0], panels.outputs), x.dtype)
+        call = _bare(panels, x)
+        call.y, call.bias = y.data_ptr(), _address(bias)
+        self._lib.crucible_linear(ctypes.byref(call))
+        return y
+
+    def back(self, panels: Panels, g: Tensor) -> Tensor:
+        """The gradient [T, in] of what `times` reads, from that of its result."""
+        dx = self.buffers.empty((g.shape[0], panels.inputs), g.dtype)
+        call = _bare(panels, g)
+        call.g, call.dh = g.data_ptr(), dx.data_ptr()
+        self._lib.crucible_linear_back(ctypes.byref(call))
+        return dx
+
+    def scores(self, panels: Panels, h: Tensor, targets: Tensor, *, slope: bool) -> tuple[Tensor, Tensor | None]:
+        """log p fp32 [R] of targets int64 [R] under a matrix on h [R, in], in nats; with `slope` the gradient of each with respect to its h."""
+        found, dh = h.new_empty(h.shape[0], dtype=torch.float32), torch.empty_like(h) if slope else None
+        call, given = _bare(panels, h), targets.contiguous()
+        call.dh = _address(dh)
+        self._lib.crucible_scores(ctypes.byref(call), _P(given.data_ptr()), _P(found.data_ptr()))
+        return found, dh
+
     def _forward(self, asked: Step, h: Tensor, residual: Tensor | None) -> tuple[_Call, Tensor, object]:
         """The call, what it fills, and what must live until it is over."""
         step, rows = asked.step, h.shape[0]
@@ -209,6 +233,12 @@ def _ranks(pairs: Sequence[Tensor]) -> int:
     return sum(_up(a.shape[0]) for a in pairs[::2])
 
 
+def _bare(panels: Panels, h: Tensor) -> _Call:
+    """A matrix alone."""
+    forward, backward = panels.forward.data_ptr(), panels.backward.data_ptr()
+    return _Call(h=h.data_ptr(), forward=forward, backward=backward, rows=h.shape[0], inputs=panels.inputs, outputs=panels.outputs)
+
+
 def _call(asked: Step, h: Tensor, found: Sequence[Tensor]) -> tuple[_Call, object]:
     """What both directions say alike, and what must live until the call is over."""
     step, panels = asked.step, asked.panels
@@ -223,24 +253,9 @@ def _call(asked: Step, h: Tensor, found: Sequence[Tensor]) -> tuple[_Call, objec
         parts[place] = _Part(part.low, part.high, first, a.shape[0], factor, a.data_ptr(), b.data_ptr(), *gradients)
         first += _up(a.shape[0])
     drops = (_Drop * max(len(step.drops), 1))(*(_Drop(rows.start, rows.stop, drop.start, drop.threshold) for rows, drop in step.drops))
-    call = _Call(
-        h=h.data_ptr(),
-        norm=_address(step.norm),
-        bias=_address(step.frozen.bias),
-        forward=panels.forward.data_ptr(),
-        backward=panels.backward.data_ptr(),
-        low=_address(asked.kept.low),
-        scales=_address(scales),
-        r=_address(asked.kept.r),
-        part=ctypes.addressof(parts),
-        drop=ctypes.addressof(drops),
-        rows=h.shape[0],
-        inputs=panels.inputs,
-        outputs=panels.outputs,
-        gated=int(step.gated),
-        parts=len(step.parts),
-        drops=len(step.drops),
-        ranks=first,
-        eps=step.eps,
-    )
+    call = _bare(panels, h)
+    call.norm, call.eps, call.gated, call.bias = _address(step.norm), step.eps, int(step.gated), _address(step.frozen.bias)
+    call.low, call.r, call.scales = _address(asked.kept.low), _address(asked.kept.r), _address(scales)
+    call.parts, call.part, call.ranks = len(step.parts), ctypes.addressof(parts), first
+    call.drops, call.drop = len(step.drops), ctypes.addressof(drops)
     return call, (exact, parts, drops, scales)

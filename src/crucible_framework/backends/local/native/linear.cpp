@@ -251,6 +251,91 @@ const uint16_t* cut_gradient(const Call& c, int from, int rows) {
     return cut(c.g + (size_t)from * c.outputs, rows, c.outputs, room(scratch().g, (size_t)CHUNK * c.outputs));
 }
 
+// ------------------------------------------------------------------------------------------------------------------ head
+constexpr int VOCABULARY = 1024;  // outputs whose probabilities, for a chunk of rows, stay in a core's own cache
+
+// The sum of exp of a row's logits above the largest one so far.
+struct ExpSum {
+    float top = -INFINITY;
+    __m512 sum = _mm512_setzero_ps();
+    // Takes 32 logits; gives exp of each above `top`.
+    Halves add(__m512 a, __m512 b) {
+        const __m512 most = _mm512_max_ps(a, b);
+        if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(top), _CMP_GT_OQ)) {
+            const float higher = _mm512_reduce_max_ps(most);
+            sum *= exponential(_mm512_set1_ps(top - higher)), top = higher;
+        }
+        a = exponential(a - top), b = exponential(b - top), sum += a + b;
+        return halves(a, b);
+    }
+    float log() const { return top + std::log(_mm512_reduce_add_ps(sum)); }
+};
+
+// log p of one target per row; with `dh` the gradient of each with respect to its h.
+void score_rows(const Call& c, const int64_t* targets, float* scores, int from, int rows) {
+    Scratch& s = scratch();
+    static thread_local Array<uint16_t> kept_exps;
+    static thread_local Array<float> kept_tops, total;
+    alignas(64) float block[BLOCK * BLOCK];
+    const int blocks = (c.outputs / 32 + 15) / 16 * 16;
+    const uint16_t* x = cut(c.h + (size_t)from * c.inputs, rows, c.inputs, room(s.x, (size_t)CHUNK * c.inputs));
+    uint16_t* exps = room(kept_exps, c.dh ? (size_t)CHUNK * c.outputs : 0);
+    float* tops = room(kept_tops, (size_t)CHUNK * blocks);  // that the exps of a row's 32 logits are above, then what they are multiplied with
+    ExpSum sums[CHUNK];
+    float mine[CHUNK];
+    for (int n = 0; n < c.outputs; n += 32)
+        for (int t = 0; t < rows; t += 32) {
+            const Term term = frozen(x, t, rows, c.forward, n, c.inputs);
+            product<2>(&term, 1, rows - t, block, false);
+            for (int i = t; i < std::min(t + 32, rows); i++) {
+                const float* found = block + (i - t) * 32;
+                const int64_t target = targets[from + i] - n;
+                if (target >= 0 && target < 32) mine[i] = found[target];
+                const Halves above = sums[i].add(_mm512_load_ps(found), _mm512_load_ps(found + 16));
+                if (c.dh) _mm512_storeu_si512(exps + place(i, n, c.outputs), above);
+                tops[i * blocks + n / 32] = sums[i].top;
+            }
+        }
+    for (int i = 0; i < rows; i++) {
+        const float whole = sums[i].log();
+        scores[from + i] = mine[i] - whole;
+        for (int n = 0; c.dh && n < blocks; n += 16) {
+            float* to = tops + i * blocks + n;
+            _mm512_storeu_ps(to, -exponential(_mm512_loadu_ps(to) - whole));
+        }
+    }
+    if (!c.dh) return;
+    float* dx = room(total, (size_t)CHUNK * c.inputs);  // blocks [inputs / 32][rows / 32][32][32]
+    uint16_t* slope = room(s.g, (size_t)CHUNK * VOCABULARY);
+    for (int low = 0; low < c.outputs; low += VOCABULARY) {
+        const int width = std::min(VOCABULARY, c.outputs - low);
+        for (int i = 0; i < up32(rows); i++) {
+            for (int n = 0; n < width; n += 32) {
+                Halves v = _mm512_setzero_si512();
+                if (i < rows) {
+                    const Halves a = raw(exps + place(i, low + n, c.outputs));
+                    const __m512 by = _mm512_set1_ps(tops[i * blocks + (low + n) / 32]);
+                    v = halves(lower(a) * by, upper(a) * by);
+                }
+                _mm512_storeu_si512(slope + place(i, n, width), v);
+            }
+            const int64_t target = i < rows ? targets[from + i] - low : -1;
+            if (target >= 0 && target < width) slope[place(i, (int)target / 32 * 32, width) + target % 32] = rounded(-std::expm1(scores[from + i]));
+        }
+        for (int k = 0; k < c.inputs; k += 32)
+            for (int t = 0; t < rows; t += 32) {
+                const uint16_t* panel = c.backward + (size_t)k * c.outputs + (size_t)low * 16;
+                const Term term = in_pieces(slope + (size_t)t * width, width, panel, (size_t)16 * c.outputs, width / 2);
+                product<2>(&term, 1, rows - t, dx + (size_t)k * CHUNK + (size_t)t * 32, low > 0);
+            }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int k = 0; k < c.inputs; k += 32) {
+            const float* found = dx + (size_t)k * CHUNK + (size_t)i * 32;
+            put(c.dh + (size_t)(from + i) * c.inputs + k, _mm512_load_ps(found), _mm512_load_ps(found + 16));
+        }
+}
+
 }  // namespace
 
 // A matrix [outputs][inputs] as panels of its outputs, and of its inputs.
@@ -276,6 +361,9 @@ extern "C" void crucible_linear_back(const Call* c) {
     if (c->parts) pack_backward(*c, panels);
     in_chunks(*c, [&](int from, int rows, int thread) { backward_rows(*c, from, rows, p, cut_gradient(*c, from, rows), begin(*c, mine, thread), nullptr); });
     gather(*c, mine);
+}
+extern "C" void crucible_scores(const Call* c, const int64_t* targets, float* scores) {
+    in_chunks(*c, [&](int from, int rows, int) { score_rows(*c, targets, scores, from, rows); });
 }
 // A step whose result goes through a gate into a second one.
 extern "C" void crucible_gated(const Call* up, const Call* down) {
