@@ -20,7 +20,7 @@ from ...errors import ConfigError
 from .attention import SHORT, Attention, Pattern, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
 from .layer import Layer, Plan
-from .linear import Linear
+from .linear import Linear, Step
 from .lora import Active, LoraLinear, Mixed, Slot
 from .skeleton import FAMILIES
 from .walks import Span, Walks
@@ -263,7 +263,8 @@ class Decoder:
     def _whole(self, layer: _Layer, x: Tensor, rotation: Rotation, spans: Sequence[Span], seeds: Sequence[int]) -> Tensor:
         """A layer over whole sequences."""
         pattern, made = Pattern(self._queries, rotation, spans), self._steps(layer, x, seeds)
-        plan = Plan(*(step for step, _ in made), pattern)
+        (qkv_step, _), (out, _), (up, _), (down, _) = made
+        plan = Plan(qkv_step, out, up, down, pattern)
         if (linear := plan.linear(x)) is not None:
             return cast("Tensor", Layer.apply(x, plan, linear, *(tensor for _, pairs in made for tensor in pairs)))  # type: ignore[no-untyped-call]
         qkv = self._times(layer.qkv, made[0], x).view(x.shape[0], -1, self._size)
@@ -323,9 +324,12 @@ class Decoder:
     def _times(self, joint: Joint, made: tuple[Matmul, list[Tensor]], h: Tensor, residual: Tensor | None = None) -> Tensor:
         """One step over h."""
         (step, pairs), active = made, self._slot.active
-        graph = torch.is_grad_enabled() and (bool(pairs) or h.requires_grad)
-        if not graph and not step.drops and step.compiled(h) is None and not (pairs and isinstance(active, Mixed)):
-            return _plain(step, h, residual, active.beside(joint.rows, joint.frozen.weight) if pairs and isinstance(active, Active) else None)
+        if torch.is_grad_enabled() and (pairs or h.requires_grad):
+            return cast("Tensor", LoraMatmul.apply(h, residual, step, *pairs))  # type: ignore[no-untyped-call]
+        if (linear := step.compiled(h)) is not None:
+            return linear.forward(Step(step, pairs), h, residual)
+        if not pairs or (isinstance(active, Active) and not step.drops):
+            return _plain(step, h, residual, active.beside(joint.rows, joint.frozen.weight) if isinstance(active, Active) else None)
         return cast("Tensor", LoraMatmul.apply(h, residual, step, *pairs))  # type: ignore[no-untyped-call]
 
 

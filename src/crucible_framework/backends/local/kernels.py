@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import Kept, Linear, Panels, Step
+from .linear import Linear, Panels
 from .walks import Drop, Walks
 
 __all__ = ["Context", "Frozen", "LoraMatmul", "Matmul", "Norm", "Part", "can_pack", "target_scores"]
@@ -189,13 +189,6 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, h: Tensor, residual: Tensor | None, step: Matmul, *pairs: Tensor) -> Tensor:
         """See the class."""
-        if (linear := step.compiled(h)) is not None:
-            asked = Step(step, pairs)
-            y = linear.forward(asked, h, residual)
-            if any(ctx.needs_input_grad):
-                ctx.save_for_backward(h, *(t for t in (asked.kept.r, asked.kept.low) if t is not None), *pairs)
-                ctx.step, ctx.dtypes, ctx.compiled = step, [pair.dtype for pair in pairs], linear  # type: ignore[attr-defined]
-            return y
         x, r = step.enter(h)
         y = step.frozen.times(x)
         near = [pair.to(h.dtype) for pair in pairs]
@@ -208,7 +201,7 @@ class LoraMatmul(torch.autograd.Function):
             y.add_(residual)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(h, *([] if r is None else [r]), *near, *low)
-            ctx.step, ctx.dtypes, ctx.compiled = step, [pair.dtype for pair in pairs], None  # type: ignore[attr-defined]
+            ctx.step, ctx.dtypes = step, [pair.dtype for pair in pairs]  # type: ignore[attr-defined]
         return y
 
     @staticmethod
@@ -218,11 +211,6 @@ class LoraMatmul(torch.autograd.Function):
         step, dtypes = cast("Matmul", ctx.step), cast("list[torch.dtype]", ctx.dtypes)  # type: ignore[attr-defined]
         h, *kept = ctx.saved_tensors
         r = kept.pop(0) if step.norm is not None else None
-        linear = cast("Linear | None", ctx.compiled)  # type: ignore[attr-defined]
-        if linear is not None:
-            low = kept.pop(0) if dtypes else None
-            dh, found = linear.backward(Step(step, kept, Kept(r, low)), h, g, wanted=ctx.needs_input_grad[0])
-            return dh, g if ctx.needs_input_grad[1] else None, None, *(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True))
         pairs, low = kept[: len(dtypes)], kept[len(dtypes) :]
         wanted = ctx.needs_input_grad[0]
         dx = step.frozen.back(g) if wanted else None
