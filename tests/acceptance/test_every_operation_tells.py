@@ -302,6 +302,7 @@ OPERATIONS: dict[str, tuple[Case, set[str]]] = {
     "generate": (_asks(lambda sampler: cf.generate(sampler, "?", PARAMS)), {"inference.sample"}),
     "Ensemble.ask, Ensemble.submit": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}).ask("?", PARAMS)),
                                       {"ensemble.request", "ensemble.member", "ensemble.vote", "inference.sample"}),
+    "Ensemble.ask, in turn": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}, mode="sequential").ask("?", PARAMS)), {"ensemble.asked"}),
     "Ensemble.sample": (_asks(lambda sampler: cf.Ensemble({"a": sampler}).sample("?", PARAMS).result()), {"ensemble.vote"}),
     "HedgedSampler.sample, HedgedSampler.stream": (_asks(_late), {"hedge.request", "hedge.started", "hedge.leg", "hedge.fired", "hedge.ended"}),
     "HedgedSampler.sample, with no second call": (

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from crucible_framework import events
 from crucible_framework.backends.fake import FakeBackend
 from crucible_framework.errors import BackendError
-from crucible_framework.inference import Adaptive, Ensemble, Fixed, HedgedSampler, Member, Never, Percentile, Pool, RoutedSampler, SelfConsistent
+from crucible_framework.inference import Adaptive, Ensemble, Fixed, HedgedSampler, Member, Never, Percentile, Pool, Price, RoutedSampler, SelfConsistent
 from crucible_framework.protocols import HedgePolicy, Sampler
 from crucible_framework.records import HedgeDecision, HedgeOutcome, HedgeRequest, Json, SamplingParams
 from crucible_framework.testing import StreamContract, VirtualClock
@@ -154,6 +154,72 @@ def test_a_second_call_that_was_not_allowed_is_told_with_its_reason() -> None:
     assert [node.name for node in trace.why(refused.id)] == ["hedge.leg", "hedge.started"]
     assert slow.stats.refused == 1
     assert not trace.query(name="hedge.fired")
+
+
+def asked(ensemble: Ensemble, clock: VirtualClock) -> tuple[Trace, list[tuple[str, str, list[str]]]]:
+    """A question's trace, and of each member that was asked: its name, why, and what led to it."""
+    with events.collect() as seen:
+        answer = ensemble.submit("?", PARAMS)
+        clock.advance(9.0)
+    assert answer.done()
+    trace = Trace.of(seen)
+    told = trace.query(name="ensemble.asked")
+    for node in told:
+        (member,) = (one for one in trace.query(name="ensemble.member") if node.id in one.causes)
+        assert member.fields["member"] == node.fields["chose"]
+    return trace, [(str(node.fields["chose"]), node.because, [str(trace[cause].fields["member"]) for cause in node.causes]) for node in told]
+
+
+def test_a_hedged_ensemble_says_why_it_asks_each_member() -> None:
+    clock = VirtualClock()
+    members: dict[str, Sampler] = {
+        "a": Timed(clock, [None]),
+        "b": Timed(clock, [BackendError("no")], [0.5]),
+        "c": Timed(clock, ["yes"], [0.1]),
+        "d": Ready("yes"),
+    }
+    trace, told = asked(Ensemble(members, mode="hedged", hedge_delay_s=1.0, clock=clock), clock)
+    assert told == [
+        ("a", "the first in order; a further one every 1 s and for each failure", []),
+        ("b", "no vote after another 1 s", ["a"]),
+        ("c", "b failed", ["b"]),
+    ]
+    (first, *_) = trace.query(name="ensemble.asked")
+    assert (first.title, first.fields["among"]) == ("member: a", ["a", "b", "c", "d"])
+    (vote,) = trace.query(name="ensemble.vote")
+    assert first in trace.why(vote.id)
+    _, told = asked(Ensemble(members, mode="hedged", quorum=2, clock=clock), clock)
+    assert [(name, why.partition(";")[0], causes) for name, why, causes in told[:2]] == [("a", "one of the first", []), ("b", "one of the first", [])]
+
+
+@pytest.mark.parametrize("mode", ["sequential", "cascade"])
+def test_an_ensemble_that_asks_in_turn_says_why_it_asks_on(mode: Literal["sequential", "cascade"]) -> None:
+    clock = VirtualClock()
+    pool = Pool([Member(name=name, sampler=Ready(says), price=Price(input_per_million=cost, output_per_million=cost)) for name, says, cost in
+                 (("dear", "no", 9.0), ("mid", "no", 3.0), ("cheap", "yes", 1.0))])  # fmt: skip
+    _, told = asked(Ensemble(pool, mode=mode, quorum=2, confidence=lambda verdict: verdict.agreement, stop_at=0.95, clock=clock), clock)
+    names, until = (
+        (("cheap", "mid", "dear"), "while the vote is less sure than 0.95") if mode == "cascade" else (("dear", "mid"), "as long as it can change the vote")
+    )
+    assert [name for name, _, _ in told] == list(names)
+    assert told[0][1] == f"{'the cheapest' if mode == 'cascade' else 'the first in order'}; a further one {until}"
+    assert told[1][1:] == ("1 of 2 needed answers", [names[0]])
+    if mode == "cascade":
+        assert told[2][1] == f"2 answers; a further one {until}"
+        assert sorted(told[2][2]) == ["cheap", "mid"]
+
+
+def test_a_member_that_is_set_aside_or_refuses_is_named_where_the_next_is_asked() -> None:
+    clock = VirtualClock()
+    ensemble = Ensemble({"a": Ready(BackendError("no")), "b": Ready("yes")}, mode="sequential", failures=1, clock=clock)
+    assert [one[:2] for one in asked(ensemble, clock)[1]][1] == ("b", "0 of 1 needed answers")
+    ((name, why, _),) = asked(ensemble, clock)[1]
+    assert (name, why.rpartition("; ")[2]) == ("b", "a is set aside by its breaker")
+
+
+def test_members_that_are_all_asked_are_no_choice() -> None:
+    clock = VirtualClock()
+    assert asked(Ensemble({"a": Ready("yes"), "b": Ready("no"), "c": Ready("yes")}, clock=clock), clock)[1] == []
 
 
 def test_answers_of_a_backend_are_in_it() -> None:
