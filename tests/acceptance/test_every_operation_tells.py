@@ -203,12 +203,12 @@ def _judged(at: At) -> Iterator[None]:
     cf.compare(before, after, "exact_match")
 
 
-def _late(sampler: cf.Sampler) -> None:
-    """The second call is fired at once, since the first may take no time at all."""
+def _late(sampler: cf.Sampler, budget: float = 1.0) -> None:
+    """The first call is slow, on a clock of its own: a real one may take no time at all."""
     del sampler
     clock = VirtualClock()
-    future = cf.HedgedSampler([Timed(clock, after_s=(9.0,)), Timed(clock)], Fixed(0.1), budget=1.0, clock=clock).sample("?", PARAMS)
-    clock.advance(5.0)
+    future = cf.HedgedSampler([Timed(clock, after_s=(9.0,)), Timed(clock)], Fixed(0.1), budget=budget, clock=clock).sample("?", PARAMS)
+    clock.advance(10.0)
     future.result()
 
 
@@ -302,9 +302,13 @@ OPERATIONS: dict[str, tuple[Case, set[str]]] = {
     "generate": (_asks(lambda sampler: cf.generate(sampler, "?", PARAMS)), {"inference.sample"}),
     "Ensemble.ask, Ensemble.submit": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}).ask("?", PARAMS)),
                                       {"ensemble.request", "ensemble.member", "ensemble.vote", "inference.sample"}),
+    "Ensemble.ask, in turn": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}, mode="sequential").ask("?", PARAMS)), {"ensemble.asked"}),
     "Ensemble.sample": (_asks(lambda sampler: cf.Ensemble({"a": sampler}).sample("?", PARAMS).result()), {"ensemble.vote"}),
-    "HedgedSampler.sample, HedgedSampler.stream": (_asks(_late), {"hedge.request", "hedge.leg", "hedge.fired", "hedge.ended"}),
-    "HedgedSampler.sample, with no second call": (_asks(lambda sampler: cf.HedgedSampler([sampler], Never()).sample("?", PARAMS).result()), {"hedge.ended"}),
+    "HedgedSampler.sample, HedgedSampler.stream": (_asks(_late), {"hedge.request", "hedge.started", "hedge.leg", "hedge.fired", "hedge.ended"}),
+    "HedgedSampler.sample, with no second call": (
+        _asks(lambda sampler: cf.HedgedSampler([sampler], Never()).sample("?", PARAMS).result()), {"hedge.started", "hedge.ended"},
+    ),
+    "HedgedSampler.sample, with no credit": (_asks(lambda sampler: _late(sampler, budget=0.05)), {"hedge.started", "hedge.refused", "hedge.ended"}),
     "RoutedSampler.sample": (
         _asks(lambda sampler: cf.RoutedSampler({"a": sampler}).sample("?", PARAMS).result()), {"route.request", "route.chosen", "route.ended"},
     ),

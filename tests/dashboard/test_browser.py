@@ -16,14 +16,14 @@ import pytest
 from crucible_framework.backends import connect
 from crucible_framework.dashboard import Dashboard, Playground
 from crucible_framework.files import JsonLines
-from crucible_framework.store import open_run
+from crucible_framework.store import Tracker, open_run
 
 from .asked import ask_everything
 from .conftest import build_run, build_study
 from .payloads import PAYLOADS
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -250,3 +250,91 @@ def test_stages_and_tags_are_changed_where_that_is_allowed(page: Page, workspace
     with Dashboard(tmp_path) as dashboard:
         page.goto(dashboard.url + "models/judge/2")
         assert page.locator("form[data-change]").count() == 0
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    build_run(tmp_path / "a", steps=4)
+    return tmp_path
+
+
+@contextlib.contextmanager
+def run_shown(page: Page, root: Path, *, write: bool) -> Iterator[None]:
+    """The page of the run "a", which is left before its server goes, so that it asks nobody who is not there."""
+    with Dashboard(root, every_s=0.05, write=write) as dashboard:
+        page.goto(dashboard.url + "runs/a")
+        yield
+        page.goto("about:blank")
+
+
+def box(page: Page, name: str) -> Locator:
+    return page.get_by_role("textbox", name=name, exact=True)
+
+
+def send(page: Page, kind: str) -> None:
+    """Submits a form of tags or notes; the page is made anew where that was accepted."""
+    with page.expect_navigation():
+        page.locator(f"form[data-change={kind}] button").click()
+
+
+def set_tag(page: Page, key: str, value: str) -> None:
+    box(page, "Tag").fill(key)
+    box(page, "Value").fill(value)
+    send(page, "tag")
+
+
+TAGS = "[...document.querySelectorAll('#labels tbody tr')].map(row => [...row.cells].map(cell => cell.textContent).join('=')).join()"
+NOTES = "document.querySelector('#labels p.text')?.textContent ?? ''"
+
+
+def test_tags_and_notes_of_a_run_are_added_kept_and_removed(page: Page, labelled: Path) -> None:
+    text = "Two lines:\n<i>the second</i>"
+    with run_shown(page, labelled, write=True):
+        set_tag(page, "purpose", "<b>the paper</b>")
+        assert page.evaluate(TAGS) == "purpose=<b>the paper</b>"
+        box(page, "Notes").fill(text)
+        send(page, "notes")
+        assert page.evaluate(NOTES) == text
+        page.reload()
+        assert page.evaluate(TAGS) == "purpose=<b>the paper</b>"
+        assert page.evaluate(NOTES) == box(page, "Notes").input_value() == text
+        info = Tracker(labelled).get("a")
+        assert (dict(info.tags), info.notes) == ({"purpose": "<b>the paper</b>"}, text)
+        set_tag(page, "purpose", "")
+        assert page.evaluate(TAGS) == ""
+        page.reload()
+        assert (page.evaluate(TAGS), page.evaluate(NOTES)) == ("", text)
+        assert not Tracker(labelled).get("a").tags
+
+
+def test_a_note_that_is_being_written_is_not_lost(page: Page, labelled: Path) -> None:
+    with run_shown(page, labelled, write=True):
+        box(page, "Notes").fill("half a thought")
+        set_tag(page, "k", "v")
+        assert (page.evaluate(TAGS), page.evaluate(NOTES)) == ("k=v", "")
+        assert box(page, "Notes").input_value() == "half a thought"
+        assert page.locator("#said").text_content() == "These notes are not saved yet."
+        Tracker(labelled).note("a", "of another")
+        until(page, f"{NOTES} === 'of another'")
+        assert box(page, "Notes").input_value() == "half a thought"
+        box(page, "Notes").fill("a whole thought")
+        send(page, "notes")
+        assert page.evaluate(NOTES) == box(page, "Notes").input_value() == "a whole thought"
+        assert page.locator("#said").text_content() == ""
+
+
+def test_notes_that_nobody_writes_follow_what_others_make_of_them(page: Page, labelled: Path) -> None:
+    with run_shown(page, labelled, write=True):
+        until(page, "document.querySelector('#live').textContent === 'up to date'")
+        Tracker(labelled).note("a", "of another")
+        until(page, f"{NOTES} === 'of another'")
+        assert box(page, "Notes").input_value() == "of another"
+
+
+def test_a_dashboard_that_only_reads_shows_tags_and_notes_without_controls(page: Page, labelled: Path) -> None:
+    Tracker(labelled).tag("a", {"k": "v"})
+    Tracker(labelled).note("a", "seen")
+    with run_shown(page, labelled, write=False):
+        assert (page.evaluate(TAGS), page.evaluate(NOTES)) == ("k=v", "seen")
+        assert page.locator("form[data-change], textarea, meta[name=crucible-token]").count() == 0
+        assert box(page, "Tag").count() == box(page, "Notes").count() == 0

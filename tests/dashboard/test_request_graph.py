@@ -54,8 +54,20 @@ def test_from_the_traces_page_to_the_graph_of_a_request(client: Client, tags: Ca
     (graph,) = {found.get("href") or "" for tag, found in tags(listed).found if tag == "a" and "request=" in (found.get("href") or "")}
     page = client.text(graph)
     kinds = [found.get("class") for tag, found in tags(page).found if tag == "g"]
-    assert kinds.count("node decision") == 4
-    for said in ("hedge: routed(", "route: panelyes", "vote: yes", "answer: call 1", "2 of 3 said so", "RoundRobin", "ayes", "byes", "cyes"):
+    assert kinds.count("node decision") == 5
+    for said in (
+        "first call: slow",
+        "a second call after 1 s",
+        "hedge: routed(",
+        "route: panelyes",
+        "vote: yes",
+        "answer: call 1",
+        "2 of 3 said so",
+        "RoundRobin",
+        "ayes",
+        "byes",
+        "cyes",
+    ):
         assert said in page, said
     assert client.ask("/traces/outside?request=nothing")[0] == 404
 

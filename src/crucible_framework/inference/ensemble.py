@@ -236,31 +236,50 @@ class _Round:
         one, future = self.ensemble, self.promise.future
         with self.lock:
             self.queue = list(one.pool)
-            if one.mode == "cascade" and all(member.price is not None for member in self.queue):
+            priced = one.mode == "cascade" and all(member.price is not None for member in self.queue)
+            if priced:
                 self.queue.sort(key=lambda member: member.price.input_per_million + member.price.output_per_million if member.price else 0.0)
             if one.deadline_s is not None:
                 self.timers.append(one.clock.call_later(one.deadline_s, self._late))
             first = {"parallel": len(self.queue), "hedged": one.quorum}.get(one.mode, 1)
+            order = "one of the first" if first > 1 else "the cheapest" if priced else "the first in order"
+            why = "" if self.span is None else f"{order}; a further one {self._until()}"
             for _ in range(first):
-                self._start_next()
+                self._start_next(why)
             if one.mode == "hedged":
                 self._arm()
             self._look()
         return future
 
     # ------------------------------------------------------------------------------------------------------ what happens
-    def _start_next(self) -> None:
+    def _until(self) -> str:
+        """When a further member is asked, in words."""
+        one = self.ensemble
+        ways = {"hedged": f"every {one.hedge_delay_s:g} s and for each failure", "cascade": f"while the vote is less sure than {one.stop_at:g}"}
+        return ways.get(one.mode, "as long as it can change the vote")
+
+    def _tell_asked(self, member: Member, why: str, after: Sequence[str]) -> str:
+        """Why this member, and why now, where they are asked one after another; `after` names those whose way led to it."""
+        if self.ensemble.mode == "parallel":
+            return ""
+        causes = [self.members[name].id for name in after if name in self.members]
+        among: list[Json] = [member.name, *(one.name for one in self.queue)]
+        elapsed_s = self.ensemble.clock.now() - self.start_s
+        return events.linked(self.span, "ensemble.asked", causes, what="member", chose=member.name, among=among, reason=why, elapsed_s=elapsed_s)
+
+    def _start_next(self, why: str, after: Sequence[str] = ()) -> None:
         """Asks the next member that its breaker lets through."""
         while self.queue and not self.over:
             member = self.queue.pop(0)
             breaker = self.ensemble.breakers[member.name]
             if not breaker.admit():
                 self.ballots[member.name] = Ballot(member=member.name, answer=None, weight=member.weight, error="set aside by its breaker")
+                why = f"{why}; {member.name} is set aside by its breaker"
                 continue
             began_s = self.ensemble.clock.now()
             asked = None
             if self.span is not None:
-                with events.within(self.span):
+                with events.within(self.span, self._tell_asked(member, why, after)):
                     asked = self.members[member.name] = events.OpenSpan("ensemble.member", {"member": member.name, "model": member.sampler.model})
             try:
                 with events.within(asked):
@@ -268,6 +287,7 @@ class _Round:
             except Exception as error:  # a member that refuses at once has failed like any other
                 breaker.report(False)
                 self.ballots[member.name] = self._failed(member, f"{type(error).__name__}: {error}", began_s)
+                why, after = f"{member.name} failed", (member.name,)
                 continue
             self.running[member.name] = future
             future.add_done_callback(lambda done, member=member, began_s=began_s: self._answered(member, began_s, done))  # type: ignore[misc]
@@ -295,7 +315,7 @@ class _Round:
             if member.name in self.members:
                 self.members[member.name].end(answer_read=ballot.answer, confidence=ballot.confidence)
             if self.ensemble.mode == "hedged" and why:
-                self._start_next()
+                self._start_next(f"{member.name} failed", (member.name,))
             self._look()
 
     def _arm(self) -> None:
@@ -305,7 +325,7 @@ class _Round:
     def _hedge(self) -> None:
         with self.lock:
             if not self.over:
-                self._start_next()
+                self._start_next(f"no vote after another {self.ensemble.hedge_delay_s:g} s", tuple(self.running))
                 self._arm()
                 self._look()
 
@@ -328,7 +348,9 @@ class _Round:
         while not self.over and mode in ("sequential", "cascade") and not self.running:
             if not self.queue or self._enough():
                 break
-            self._start_next()
+            heard = sum(not ballot.error for ballot in self.ballots.values())
+            need = self.ensemble.quorum
+            self._start_next(f"{heard} of {need} needed answers" if heard < need else f"{heard} answers; a further one {self._until()}", tuple(self.ballots))
         if self.over:
             return
         heard = sum(not ballot.error for ballot in self.ballots.values())

@@ -78,7 +78,7 @@ class HedgedSampler:
         self.policy: HedgePolicy = policy if policy is not None else default_policy(service, budget)
         self._terms = Terms(
             legs=self.legs, prices=prices, policy=self.policy, ledger=ledger, clock=clock, max_legs=self.max_legs, accept=accept,
-            pushback_s=pushback_s, may_add=budget > 0 and self.max_legs > 1,
+            pushback_s=pushback_s, rotate=rotate, may_add=budget > 0 and self.max_legs > 1,
         )  # fmt: skip
 
     @property

@@ -93,6 +93,12 @@ class Ledger:
             counts = HedgeStats(**self._count)
             return replace(counts, cost=self._paid["cost"], wasted_cost=self._paid["wasted_cost"]) if self._priced else counts
 
+    @property
+    def credit(self) -> float:
+        """What is saved now."""
+        with self._lock:
+            return self._credit
+
     def open(self) -> int:
         """Counts a request with its first call, earns its credit; gives its number from 0."""
         with self._lock:

@@ -17,7 +17,7 @@ from ..protocols import Clock, HedgePolicy, OnPiece, Sampler, StreamSampler
 from ..records import Completion, HedgeDecision, HedgeLeg, HedgeOutcome, Json, Piece, Prompt, SamplingParams, record
 from .ledger import Ledger
 from .pool import Price
-from .telling import tell_hedge
+from .telling import tell_fired, tell_first, tell_hedge
 
 __all__ = ["Answer", "Race", "Terms"]
 
@@ -37,6 +37,7 @@ class Terms:
     max_legs: int
     accept: Callable[[Answer], bool] | None
     pushback_s: float
+    rotate: bool
     may_add: bool
 
 
@@ -102,9 +103,9 @@ class Race:
         one, place = self.terms, self._place()
         leg = _Leg(len(self.legs), one.clock.now(), one.legs[place], one.prices[place])
         self.legs.append(leg)
-        self._plan()
+        plan = self._plan()
         if self.span is not None:
-            with events.within(self.span, cause):
+            with events.within(self.span, cause if leg.index else self._tell_first(leg, plan)):
                 leg.span = events.opened("hedge.leg", leg=leg.index, model=leg.sampler.model)
         try:
             with events.within(leg.span):
@@ -120,15 +121,22 @@ class Race:
             leg.future.cancel()
         leg.future.add_done_callback(lambda future: self._ended(leg, future))
 
-    def _plan(self) -> None:
-        """Arms the timer of the next leg."""
+    def _tell_first(self, leg: _Leg, plan: HedgeDecision | None) -> str:
+        one = self.terms
+        never = "the request may not be asked twice" if one.may_add else "budget or max_legs allow one call"
+        order = "the only one" if len(one.legs) == 1 else "its turn" if one.rotate else "the first in order"
+        return tell_first(self.span, leg.sampler.model, [leg.model for leg in one.legs], order=order, plan=plan or never, credit=one.ledger.credit)
+
+    def _plan(self) -> HedgeDecision | None:
+        """Arms the timer of the next leg; gives what the policy said, None where there may be no next one."""
         one, started = self.terms, len(self.legs)
         if not self.hedged or started >= one.max_legs:
-            return
+            return None
         decision = one.policy.plan(one.ledger.request(started, one.clock.now() - self.start_s))
         if decision.delay_s is not None:
             self._disarm()
             self.timer = one.clock.call_later(decision.delay_s, lambda: self._due(decision))
+        return decision
 
     def _disarm(self) -> None:
         timer, self.timer = self.timer, None
@@ -142,17 +150,18 @@ class Race:
         """Starts the next leg if there may be one."""
         with self.lock:
             one = self.terms
-            if self.over or not self.hedged or len(self.legs) >= one.max_legs or one.ledger.pay():
+            if self.over or not self.hedged or len(self.legs) >= one.max_legs:
                 return False
+            refused = one.ledger.pay()
             fired = ""
             if events.listening():
-                models, next_one = list[Json](dict.fromkeys(leg.model for leg in one.legs)), one.legs[self._place()].model
-                credit = one.ledger.request(0, 0.0).credit
-                fired = events.linked(
-                    self.span, "hedge.fired", [leg.span.id for leg in self.legs if leg.span is not None], what="hedge", chose=next_one, among=models,
-                    leg=len(self.legs), delay_s=delay_s, elapsed_s=one.clock.now() - self.start_s, probability=probability, credit=credit, reason=reason,
-                    model=next_one,
+                fired = tell_fired(
+                    self.span, one.legs[self._place()].model, [leg.model for leg in one.legs], [leg.span.id for leg in self.legs if leg.span is not None],
+                    refused=refused, reason=reason, leg=len(self.legs), delay_s=delay_s, elapsed_s=one.clock.now() - self.start_s, probability=probability,
+                    credit=one.ledger.credit,
                 )  # fmt: skip
+            if refused:
+                return False
             self._disarm()
             self._launch(fired)
             return True

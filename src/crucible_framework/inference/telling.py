@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from .. import events
 from ..events import OpenSpan
-from ..records import Ballot, HedgeOutcome, Json, Prompt, Verdict
+from ..records import Ballot, HedgeDecision, HedgeOutcome, Json, Prompt, Verdict
 
-__all__ = ["prompt_digest", "tell_hedge", "tell_vote"]
+__all__ = ["prompt_digest", "tell_fired", "tell_first", "tell_hedge", "tell_vote"]
 
 _MOST_TEXT = 300
 
@@ -76,6 +76,31 @@ def tell_vote(span: OpenSpan | None, prompt: Prompt, verdict: Verdict, mode: str
         cost=verdict.cost,
         duration_s=verdict.duration_s,
     )
+
+
+def tell_first(span: OpenSpan | None, model: str, models: Sequence[str], *, order: str, plan: HedgeDecision | str, credit: float) -> str:
+    """Emits `hedge.started`: whom the first call goes to, by what order, and when a second may follow, or as a text why never. Gives its id."""
+    if isinstance(plan, str):
+        wait, plan = "no second call", HedgeDecision(delay_s=None, reason=plan, probability=0.0)
+    else:
+        wait = "no second call by time" if plan.delay_s is None else f"a second call after {plan.delay_s:.4g} s"
+    return events.linked(
+        span, "hedge.started", what="first call", chose=model, among=list(dict.fromkeys(models)), leg=0, delay_s=plan.delay_s,
+        hedge_probability=plan.probability, credit=credit, reason=f"{order}; {wait}: {plan.reason}",
+    )  # fmt: skip
+
+
+def tell_fired(
+    span: OpenSpan | None, model: str, models: Sequence[str], causes: Sequence[str], *, probability: float, refused: str, reason: str, **fields: Json
+) -> str:
+    """Emits `hedge.fired`, or `hedge.refused` with why what the policy wanted was not allowed. Gives its id."""
+    among: list[Json] = list(dict.fromkeys(models))
+    if refused:
+        none = "no further call"
+        return events.linked(
+            span, "hedge.refused", causes, what="hedge", chose=none, among=[*among, none], reason=f"{refused} ({reason})", model=model, **fields
+        )  # fmt: skip
+    return events.linked(span, "hedge.fired", causes, what="hedge", chose=model, among=among, probability=probability, reason=reason, model=model, **fields)
 
 
 def tell_hedge(span: OpenSpan | None, outcome: HedgeOutcome, models: Sequence[str], causes: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-import "./change.js";
+import { renew } from "./change.js";
 import { Chart } from "./chart.js";
 import { follow, json, live, make, parse } from "./page.js";
 
@@ -53,6 +53,7 @@ function refresh() {
       const old = document.querySelector(`[data-part="${CSS.escape(part.dataset.part)}"]`);
       if (old) old.replaceWith(document.importNode(part, true));
     }
+    renew(fresh);
     const missing = [...fresh.querySelectorAll("figure[data-chart]")].filter((one) => !charts.has(one.dataset.chart));
     if (missing.length) location.reload();
   }, 300);
