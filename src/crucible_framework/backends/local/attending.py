@@ -68,7 +68,7 @@ def _places(spans: Sequence[Span]) -> tuple[ctypes.Array[_CSpan], list[Tensor]]:
 def attend_packed(folder: Path | None, x: Tensor, queries: int, spans: Sequence[Span], *, norms: bool) -> tuple[Tensor, Tensor | None]:
     """Attention of heads x [T, heads + 2 · key-value heads, D] that `covers` → [T, heads, D]; with `norms` what its backward pass needs, fp32 [T, heads]."""
     function = _function("crucible_attend", folder)
-    assert function is not None, "covers() was not asked"
+    assert function is not None  # covers() said so
     o = x.new_empty((x.shape[0], queries, x.shape[2]))
     kept = x.new_empty((x.shape[0], queries), dtype=torch.float32) if norms else None
     places, _masks = _places(spans)
@@ -76,10 +76,10 @@ def attend_packed(folder: Path | None, x: Tensor, queries: int, spans: Sequence[
     return o, kept
 
 
-def attend_packed_back(folder: Path | None, g: Tensor, x: Tensor, o: Tensor, norms: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The gradient of x from that of o, contiguous [T, heads, D]."""
+def attend_packed_back(folder: Path | None, g: Tensor, x: Tensor, spans: Sequence[Span], *, o: Tensor, norms: Tensor) -> Tensor:
+    """The gradient of x from g, that of o, contiguous [T, heads, D]; o and norms are what `attend_packed` gave."""
     function = _function("crucible_attend_back", folder)
-    assert function is not None, "covers() was not asked"
+    assert function is not None  # covers() said so
     dx, queries = torch.empty_like(x), g.shape[1]
     places, _masks = _places(spans)
     pointers = (tensor.data_ptr() for tensor in (g, x, o, norms, dx))

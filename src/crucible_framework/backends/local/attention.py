@@ -1,7 +1,7 @@
 """Attention inside spans of packed tokens, with rotary positions, and its backward pass.
 
-Runs that begin alike are one span for their common start and one for their ends, which see the start and themselves. This file does not
-know models, layouts or caches.
+Runs that begin alike are one span for their common start and one for their ends, which see the start and themselves. What attending.py
+covers goes there as a whole; the rest span by span through torch. This file does not know models, layouts or caches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .walks import Span, Walks
 __all__ = ["SHORT", "Attention", "Rotation", "Span", "attend", "rotate"]
 
 SHORT = 512
-"""Tokens of a run up to which attention may keep its probabilities."""
+"""Tokens of a run up to which attention may keep its probabilities, where attending.py does not cover it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -147,7 +147,6 @@ class Attention(torch.autograd.Function):
         """See the class."""
         keys, walks = (x.shape[1] - queries) // 2, rotation.walks
         raw = rotate(x, queries + keys, rotation)
-        kept: Sequence[Tensor | None]
         if whole := covers(walks.folder, x, spans):
             o, norms = attend_packed(walks.folder, x, queries, spans, norms=ctx.needs_input_grad[0])
             kept = [norms]
@@ -167,7 +166,7 @@ class Attention(torch.autograd.Function):
         x, o, *rest = ctx.saved_tensors
         raw, rest = (rest[:2], rest[2:]) if rotation.norm is not None else ([], rest)
         if has is None:
-            dx = attend_packed_back(rotation.walks.folder, g, x, o, rest[0], spans)
+            dx = attend_packed_back(rotation.walks.folder, g, x, spans, o=o, norms=rest[0])
         else:
             dx = torch.empty_like(x)
             for span, there in zip(spans, has, strict=True):

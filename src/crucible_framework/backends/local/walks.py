@@ -126,7 +126,7 @@ class Walks:
     """The steps, in C++ where that was compiled and the tensors are fp32 or bf16 on a processor.
 
     Args:
-        folder: where compiled code is kept; None: torch alone.
+        folder: where compiled code is kept, also that of other libraries; None: torch alone.
     """
 
     def __init__(self, folder: Path | None) -> None:
