@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crucible_framework.backends.local import kernels
+from crucible_framework.backends.local.buffers import Buffers
 from crucible_framework.backends.local.linear import Linear, Step
 from crucible_framework.backends.local.walks import STEPS, Drop, Walks
 
@@ -23,7 +24,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory: pytest.TempPathFactory) -> Linear:
-    found = Linear.of(tmp_path_factory.mktemp("native"))
+    found = Linear.of(tmp_path_factory.mktemp("native"), Buffers())
     if found is None:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
         assert "avx512_bf16" not in flags
@@ -189,7 +190,7 @@ def test_what_is_not_covered_goes_another_way(linear: Linear) -> None:
     for other in (weight.float(), weight[:48], weight[:, :24]):
         assert kernels.Frozen(other, pack=True, linear=linear).panels is None
     assert kernels.Frozen(weight, pack=False, linear=linear).panels is None
-    assert Linear.of(None) is None
+    assert Linear.of(None, Buffers()) is None
     h, pairs = torch.randn(9, 32).to(BF16), [torch.randn(4, 32), torch.randn(16, 4), torch.randn(4, 32), torch.randn(48, 4)]
     apply = cast("Any", kernels.LoraMatmul.apply)
     whole = replace(step, parts=[kernels.Part(0, 64, 1.0)])

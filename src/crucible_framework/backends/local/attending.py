@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .native import library
-from .walks import Span
+from .walks import Span, Walks
 
 __all__ = ["attend_packed", "attend_packed_back", "covers", "is_there"]
 
@@ -52,9 +52,9 @@ def is_there(folder: Path | None, dtype: torch.dtype, size: int) -> bool:
     return dtype == torch.bfloat16 and size % _MULTIPLE == 0 and _function("crucible_attend", folder) is not None
 
 
-def covers(folder: Path | None, x: Tensor, spans: Sequence[Span]) -> bool:
+def covers(walks: Walks, x: Tensor, spans: Sequence[Span]) -> bool:
     """Whether heads x [T, heads, D] and all spans are covered; a mask must be one for all runs of its span."""
-    there = x.device.type == "cpu" and x.is_contiguous() and is_there(folder, x.dtype, x.shape[-1])
+    there = x.device.type == "cpu" and x.is_contiguous() and is_there(walks.folder, x.dtype, x.shape[-1])
     return there and all(span.mask is None or span.mask.numel() == (span.length - span.skip) * span.length for span in spans)
 
 
@@ -65,22 +65,22 @@ def _places(spans: Sequence[Span]) -> tuple[ctypes.Array[_CSpan], list[Tensor]]:
     return (_CSpan * len(rows))(*rows), [mask for mask in masks if mask is not None]
 
 
-def attend_packed(folder: Path | None, x: Tensor, queries: int, spans: Sequence[Span], *, norms: bool) -> tuple[Tensor, Tensor | None]:
+def attend_packed(walks: Walks, x: Tensor, queries: int, spans: Sequence[Span], *, norms: bool) -> tuple[Tensor, Tensor | None]:
     """Attention of heads x [T, heads + 2 · key-value heads, D] that `covers` → [T, heads, D]; with `norms` what its backward pass needs, fp32 [T, heads]."""
-    function = _function("crucible_attend", folder)
-    assert function is not None, "covers() was not asked"
-    o = x.new_empty((x.shape[0], queries, x.shape[2]))
+    function = _function("crucible_attend", walks.folder)
+    assert function is not None  # covers() said so
+    o = walks.buffers.empty((x.shape[0], queries, x.shape[2]), x.dtype)
     kept = x.new_empty((x.shape[0], queries), dtype=torch.float32) if norms else None
     places, _masks = _places(spans)
     function(x.data_ptr(), o.data_ptr(), None if kept is None else kept.data_ptr(), places, len(spans), queries, (x.shape[1] - queries) // 2, x.shape[2])
     return o, kept
 
 
-def attend_packed_back(folder: Path | None, g: Tensor, x: Tensor, o: Tensor, norms: Tensor, spans: Sequence[Span]) -> Tensor:
-    """The gradient of x from that of o, contiguous [T, heads, D]."""
-    function = _function("crucible_attend_back", folder)
-    assert function is not None, "covers() was not asked"
-    dx, queries = torch.empty_like(x), g.shape[1]
+def attend_packed_back(walks: Walks, g: Tensor, x: Tensor, spans: Sequence[Span], *, o: Tensor, norms: Tensor) -> Tensor:
+    """The gradient of x from g, that of o, contiguous [T, heads, D]; o and norms are what `attend_packed` gave."""
+    function = _function("crucible_attend_back", walks.folder)
+    assert function is not None  # covers() said so
+    dx, queries = walks.buffers.empty(tuple(x.shape), x.dtype), g.shape[1]
     places, _masks = _places(spans)
     pointers = (tensor.data_ptr() for tensor in (g, x, o, norms, dx))
     function(*pointers, places, len(spans), queries, (x.shape[1] - queries) // 2, x.shape[2])

@@ -1,7 +1,7 @@
 """Attention inside spans of packed tokens, with rotary positions, and its backward pass.
 
-Runs that begin alike are one span for their common start and one for their ends, which see the start and themselves. This file does not
-know models, layouts or caches.
+Runs that begin alike are one span for their common start and one for their ends, which see the start and themselves. What attending.py
+covers goes there as a whole; the rest span by span through torch. This file does not know models, layouts or caches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .walks import Span, Walks
 __all__ = ["SHORT", "Attention", "Found", "Pattern", "Rotation", "Span", "attend", "attention", "attention_back", "rotate"]
 
 SHORT = 512
-"""Tokens of a run up to which attention may keep its probabilities."""
+"""Tokens of a run up to which attention may keep its probabilities, where attending.py does not cover it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -164,8 +164,8 @@ def attention(x: Tensor, pattern: Pattern, *, wanted: bool) -> Found:
     queries, rotation, spans = pattern.queries, pattern.rotation, pattern.spans
     keys, walks = (x.shape[1] - queries) // 2, rotation.walks
     raw = rotate(x, queries + keys, rotation) or ()
-    if covers(walks.folder, x, spans):
-        o, norms = attend_packed(walks.folder, x, queries, spans, norms=wanted)
+    if covers(walks, x, spans):
+        o, norms = attend_packed(walks, x, queries, spans, norms=wanted)
         return Found(o, [*raw, *([] if norms is None else [norms])], None)
     o = x.new_empty((x.shape[0], queries, x.shape[2]))
     kept = [_forward(x, o, _Work(span, queries, keys, walks)) for span in spans]
@@ -178,7 +178,7 @@ def attention_back(g: Tensor, x: Tensor, found: Found, pattern: Pattern) -> Tens
     keys, rest = (x.shape[1] - queries) // 2, list(found.raw)
     raw = [rest.pop(0), rest.pop(0)] if rotation.norm is not None else []
     if found.has is None:
-        dx = attend_packed_back(rotation.walks.folder, g, x, found.o, rest[0], spans)
+        dx = attend_packed_back(rotation.walks, g, x, spans, o=found.o, norms=rest[0])
     else:
         dx = torch.empty_like(x)
         for span, there in zip(spans, found.has, strict=True):

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import ConfigError
+from .attending import is_there
 from .attention import SHORT, Attention, Pattern, Rotation, attend, rotate
 from .kernels import Frozen, LoraMatmul, Matmul, Norm, Part, can_pack
 from .layer import Layer, Plan
@@ -155,8 +156,9 @@ class Decoder:
         """
         size, width = self.head.weight.element_size(), self.head.weight.shape[1]
         inner = self._layers[0].up.frozen.weight.shape[0] + (2 * self._queries + 2 * self._keys) * self._size + width
-        scores = self._queries * longest if longest <= SHORT else 0
-        layer, count = (inner + width + scores) * size, len(self._layers)
+        fused = self.head.weight.device.type == "cpu" and is_there(self.walks.folder, self.head.weight.dtype, self._size)
+        scores = self._queries * (4 if fused else longest * size if longest <= SHORT else 0)  # log-sums in fp32, or probabilities
+        layer, count = (inner + width) * size + scores, len(self._layers)
         work = 3 * inner * size  # gradients of one layer's activations while it goes back
         return tokens * (work + (count * width * size + layer if again else count * layer))
 

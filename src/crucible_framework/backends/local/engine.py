@@ -144,6 +144,8 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
             with torch.enable_grad():
                 gradients = _gradients(work, values, applied.gradients, active, again=again)
     _refuse_not_finite(gradients, batch)
+    if base.decoder is not None:
+        base.decoder.walks.buffers.trim()
     if work.logits:
         inputs = [target_logprobs(logits, work.targets(i)) for i, logits in enumerate(inputs)]
     return step_output(batch.data, applied, inputs), gradients

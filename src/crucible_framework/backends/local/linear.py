@@ -92,14 +92,19 @@ class Step:
 class Linear:
     """The compiled calls. All take steps that `covers`."""
 
-    def __init__(self, lib: ctypes.CDLL) -> None:
-        self._lib, self.buffers, self._frozen = lib, Buffers(), Buffers()
+    def __init__(self, lib: ctypes.CDLL, buffers: Buffers) -> None:
+        self._lib, self._buffers, self._frozen = lib, buffers, Buffers()
 
     @classmethod
-    def of(cls, folder: Path | None) -> Linear | None:
-        """The calls, or None where this processor has no bf16 products or nothing was compiled; `folder` keeps compiled code."""
+    def of(cls, folder: Path | None, buffers: Buffers) -> Linear | None:
+        """The calls, or None where this processor has no bf16 products or nothing was compiled.
+
+        Args:
+            folder: where compiled code is kept, or None.
+            buffers: memory for what the calls fill.
+        """
         lib = None if folder is None else library("linear.cpp", folder)
-        return cls(lib) if lib is not None and hasattr(lib, "crucible_linear") else None
+        return cls(lib, buffers) if lib is not None and hasattr(lib, "crucible_linear") else None
 
     def takes(self, weight: Tensor) -> bool:
         """Whether a matrix can be in panels."""
@@ -136,7 +141,7 @@ class Linear:
 
         `step.note` is told as kernels.py says; `extra`, which has the shape of h, is added to the gradient of h where the step has a norm.
         """
-        dh = self.buffers.empty(tuple(h.shape), h.dtype) if wanted else None
+        dh = self._buffers.empty(tuple(h.shape), h.dtype) if wanted else None
         back = self._backward(asked, h, g, dh=dh, extra=extra)
         self._lib.crucible_linear_back(ctypes.byref(back.call))
         back.tell()
@@ -148,14 +153,14 @@ class Linear:
             slope, of_down = self.backward(down, both, g, wanted=wanted or bool(up.pairs))
             dh, of_up = (None, list[Tensor]()) if slope is None else self.backward(up, h, slope, wanted=wanted, extra=g)
             return dh, of_up, of_down
-        dh = self.buffers.empty(tuple(h.shape), h.dtype)
+        dh = self._buffers.empty(tuple(h.shape), h.dtype)
         first, second = self._backward(up, h, None, dh=dh, extra=g), self._backward(down, both, g)
         self._lib.crucible_gated_back(ctypes.byref(first.call), ctypes.byref(second.call))
         return dh, first.found, second.found
 
     def times(self, panels: Panels, x: Tensor, bias: Tensor | None) -> Tensor:
         """[T, in] → [T, out]."""
-        y = self.buffers.empty((x.shape[0], panels.outputs), x.dtype)
+        y = self._buffers.empty((x.shape[0], panels.outputs), x.dtype)
         call = _bare(panels, x)
         call.y, call.bias = y.data_ptr(), _address(bias)
         self._lib.crucible_linear(ctypes.byref(call))
@@ -163,7 +168,7 @@ class Linear:
 
     def back(self, panels: Panels, g: Tensor) -> Tensor:
         """The gradient [T, in] of what `times` reads, from that of its result."""
-        dx = self.buffers.empty((g.shape[0], panels.inputs), g.dtype)
+        dx = self._buffers.empty((g.shape[0], panels.inputs), g.dtype)
         call = _bare(panels, g)
         call.g, call.dh = g.data_ptr(), dx.data_ptr()
         self._lib.crucible_linear_back(ctypes.byref(call))
@@ -180,9 +185,9 @@ class Linear:
     def _forward(self, asked: Step, h: Tensor, residual: Tensor | None) -> tuple[_Call, Tensor, object]:
         """The call, what it fills, and what must live until it is over."""
         step, rows = asked.step, h.shape[0]
-        y = self.buffers.empty((rows, asked.panels.outputs), h.dtype)
+        y = self._buffers.empty((rows, asked.panels.outputs), h.dtype)
         r = h.new_empty((rows, 1), dtype=torch.float32) if step.norm is not None else None
-        low = self.buffers.empty((rows, _ranks(asked.pairs)), h.dtype) if asked.pairs else None
+        low = self._buffers.empty((rows, _ranks(asked.pairs)), h.dtype) if asked.pairs else None
         asked.kept = Kept(r, low)
         call, held = _call(asked, h, ())
         residual = None if residual is None else residual.contiguous()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from .buffers import Buffers
 from .linear import Linear
 from .native import library
 
@@ -128,18 +129,17 @@ class Walks:
     """The steps, in C++ where that was compiled and the tensors are fp32 or bf16 on a processor.
 
     Args:
-        folder: where compiled code is kept; None: torch alone.
+        folder: where compiled code is kept, also that of other libraries; None: torch alone.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        self.folder, self.buffers = folder, Buffers()
         self._library = None if folder is None else library("train.cpp", folder)
-        self._folder = folder
 
     @cached_property
     def linear(self) -> Linear | None:
         """Whole matrix steps in bf16, where this processor has them."""
-        return Linear.of(self._folder)
+        return Linear.of(self.folder, self.buffers)
 
     @property
     def compiled(self) -> bool:

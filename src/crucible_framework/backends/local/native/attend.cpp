@@ -3,90 +3,24 @@
 // and gradients are fp32; what is multiplied is bf16. Work is divided by shapes only, so results do not depend on the number of threads.
 // Python's side is attending.py; where there are no bf16 dot products this file is empty. Sources: Milakov & Gimelshein 2018, arXiv
 // 1805.02867 (softmax in one walk); Dao et al. 2022, arXiv 2205.14135 (attention by blocks, and backwards).
-#include "panels.h"
+#include "seen.h"
 #ifdef HAVE_BF16
 
 namespace {
 
-constexpr float HIDDEN = -1e30f;  // a score that is not seen, finite so that differences are
-constexpr float FAINT = -1e20f;   // what a mask must exceed to be seen
+constexpr int CHUNK = 8;              // blocks of keys between two corrections of a row's sum
+constexpr int QUERIES = 4, KEYS = 4;  // blocks that the backward pass multiplies at once
+constexpr int SHARE = 16;             // blocks of queries that the forward pass gives a thread at once
 constexpr float LOG2E = 1.44269504088896341f;
-constexpr int CHUNK = 8;          // blocks of keys between two corrections of a row's sum
-constexpr int QUERIES = 4, KEYS = 2;  // blocks that the backward pass multiplies at once
-constexpr int SHARE = 16;         // blocks of queries that the forward pass gives a thread at once
 
-struct Span {  // `count` runs of `length` tokens from `start` on, the first `skip` of each as keys only; mask [length - skip][length] or null
-    int32_t start, count, length, skip;
-    const float* mask;
-    int kept() const { return length - skip; }
-    int rows() const { return (kept() + BLOCK - 1) / BLOCK; }
-    int columns() const { return (length + BLOCK - 1) / BLOCK; }
-};
-
-struct Heads {  // x [tokens][queries + 2 keys][size]
-    const Half* x;
-    int queries, keys, size;
-    int groups() const { return queries / keys; }
-    size_t stride() const { return (size_t)(queries + 2 * keys) * size; }
-    size_t width() const { return (size_t)queries * size; }
-    float scale() const { return 1.0f / std::sqrt((float)size); }
-};
-
-enum Sight : uint8_t { NONE, SOME, WHOLE };
-
-// Which queries of one span see which keys, block by block.
-struct Seen {
-    const Span* span;
-    std::vector<uint8_t> sights;  // of a mask, [rows][columns]
-    Sight at(int row, int column) const {
-        if (span->mask) return (Sight)sights[(size_t)row * span->columns() + column];
-        const int first = span->skip + row * BLOCK, key = column * BLOCK;
-        return key >= first + BLOCK ? NONE : key + BLOCK - 1 <= first ? WHOLE : SOME;
-    }
-    int end(int rows) const {  // one beyond the last block of keys that the first `rows` blocks of queries may see
-        if (span->mask) return span->columns();
-        return (std::min(span->length, span->skip + rows * BLOCK) + BLOCK - 1) / BLOCK;
-    }
-    void look(int row) {
-        for (int column = 0; column < span->columns(); column++) {
-            bool any = false, all = (column + 1) * BLOCK <= span->length;
-            for (int q = row * BLOCK; q < std::min(span->kept(), (row + 1) * BLOCK); q++) {
-                const float* at = span->mask + (size_t)q * span->length;
-                for (int key = column * BLOCK; key < std::min(span->length, (column + 1) * BLOCK); key++)
-                    any |= !(at[key] <= FAINT), all &= at[key] == 0.0f;
-            }
-            sights[(size_t)row * span->columns() + column] = !any ? NONE : all ? WHOLE : SOME;
-        }
-    }
-    // Hides scores, before they are scaled, that are not seen.
-    void hide(int row, int column, float inverse, float* s) const {
-        const __m512 hidden = _mm512_set1_ps(HIDDEN);
-        for (int r = 0; r < BLOCK; r++, s += BLOCK) {
-            const int q = row * BLOCK + r, key = column * BLOCK;
-            const int count = std::max(0, std::min(BLOCK, span->mask ? span->length - key : span->skip + q + 1 - key));
-            const uint32_t lanes = count >= 32 ? ~0u : (1u << count) - 1;
-            for (int half = 0; half < 2; half++) {
-                const __mmask16 here = (__mmask16)(lanes >> (16 * half));
-                __m512 v = _mm512_loadu_ps(s + 16 * half);
-                if (span->mask && q < span->kept()) {
-                    const __m512 added = _mm512_maskz_loadu_ps(here, span->mask + (size_t)q * span->length + key + 16 * half);
-                    v = _mm512_max_ps(hidden, v + added * inverse);  // a NaN stays one
-                }
-                _mm512_storeu_ps(s + 16 * half, _mm512_mask_blend_ps(here, hidden, v));
-            }
-        }
-    }
-};
-
-// 2^t to 1e-7 of it.
+// 2^t to 3e-6 of it, a hundredth of what bf16 rounds.
 inline __m512 power(__m512 t) {
-    const __m512 n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = t - n;
-    __m512 p = r * 1.3276440946e-3f + 9.6755410863e-3f;
-    p = p * r + 5.5507133695e-2f;
-    p = p * r + 2.4022119730e-1f;
-    p = p * r + 6.9314696701e-1f;
-    p = p * r + 1.0000000717f;
-    return _mm512_scalef_ps(p, n);
+    const __m512 r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t less the whole number below it, which scalef takes
+    __m512 p = r * 1.3534142617e-02f + 5.2011509220e-02f;
+    p = p * r + 2.4144272817e-01f;
+    p = p * r + 6.9300383975e-01f;
+    p = p * r + 1.0000025932e+00f;
+    return _mm512_scalef_ps(p, t);
 }
 // The logarithm to base 2 of numbers above 0.
 inline __m512 logarithm(__m512 x) {
@@ -98,27 +32,6 @@ inline __m512 logarithm(__m512 x) {
     p = p * g + 1.0f;
     return e + f * p * (2 * LOG2E);
 }
-
-template <int PANELS> inline void multiply(const Term* terms, int count, int rows, float* c, bool add) {
-    asm volatile("" ::: "memory");  // gcc does not know that tiles are read from memory
-    product<PANELS>(terms, count, rows, c, add);
-    asm volatile("" ::: "memory");
-}
-
-template <class T> T* room(Array<T>& array, size_t count) {
-    if (array.size() < count) array.clear(), array.resize(count);
-    return array.data();
-}
-
-// A thread's share: the blocks of queries [low, high) of the heads that share one key-value head of one run.
-struct Unit {
-    const Seen* seen;
-    int run, head, low, high;
-    float* sums;  // gradients of keys and values that others add to, [blocks][2][size / 32][32 numbers][32 keys], or null
-    int64_t token() const { return seen->span->start + (int64_t)run * seen->span->length; }
-    int blocks() const { return seen->end(high); }
-    int64_t cost() const { return (int64_t)(high - low) * (2 * blocks() - (seen->span->mask ? 0 : high - low)); }
-};
 
 // ------------------------------------------------------------------------------------------------------------------ forward
 struct Row {  // a block of 32 queries of one head on its way through the keys
@@ -261,32 +174,33 @@ struct Scratch {
     Array<Half> keys, queries;
     Array<float> floats, local;
     std::vector<Query> query;
+    std::vector<char> begun;
     Slopes slopes;
 };
 
-// Takes the queries of a unit; -> per head and block one.
-void take(const Heads& h, const Unit& unit, const Back& back, Scratch& scratch) {
+// Takes a unit's queries of one head, block by block.
+void take(const Heads& h, const Unit& unit, int head, const Back& back, Scratch& scratch) {
     const Span& span = *unit.seen->span;
-    const int size = h.size, blocks = unit.high - unit.low, count = blocks * h.groups();
+    const int size = h.size, count = unit.high - unit.low;
     Half* half = room(scratch.queries, (size_t)count * 4 * BLOCK * size);
     float* full = room(scratch.floats, (size_t)count * BLOCK * (size + 2));
     scratch.query.resize(count);
     for (int n = 0; n < count; n++) {
         Query& to = scratch.query[n];
-        const int head = unit.head * h.groups() + n / blocks, block = unit.low + n % blocks, rows = std::min(BLOCK, span.kept() - block * BLOCK);
-        const int64_t token = unit.token() + span.skip + block * BLOCK;
+        const int rows = std::min(BLOCK, span.kept() - (unit.low + n) * BLOCK);
+        const int64_t token = unit.token() + span.skip + (unit.low + n) * BLOCK;
         to = {half, half + BLOCK * size, half + 2 * BLOCK * size, half + 3 * BLOCK * size, full, full + BLOCK, full + 2 * BLOCK, false};
         half += 4 * BLOCK * size, full += BLOCK * (size + 2);
         tokens_plain(h.x + token * h.stride() + (size_t)head * size, h.stride(), rows, size, to.q);
         tokens_plain(back.g + token * h.width() + (size_t)head * size, h.width(), rows, size, to.g);
         turned(to.q, size, to.q_turned);
         turned(to.g, size, to.g_turned);
+        const Half* o = back.o + token * h.width() + (size_t)head * size;
         for (int r = 0; r < BLOCK; r++) {
             to.lse[r] = r < rows ? back.lse[(token + r) * h.queries + head] : -HIDDEN;
             __m512 sum = _mm512_setzero_ps();
-            const Half* o = back.o + (token + r) * h.width() + (size_t)head * size;
             for (int k = 0; k < size && r < rows; k += 32)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(o + k), (__m512bh)_mm512_loadu_si512(to.g + r * size + k));
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)row_of(o + k, h.width(), r, rows), (__m512bh)_mm512_loadu_si512(to.g + r * size + k));
             to.slope[r] = _mm512_reduce_add_ps(sum);
         }
     }
@@ -310,35 +224,31 @@ struct Keys {  // of a unit, packed
 };
 
 // Adds what `rows` blocks of queries and `columns` of keys give.
-void add(const Heads& h, const Keys& keys, Slopes& b, Query* query, int rows, int column, int columns, float* const* sums, bool* begun) {
+void add(const Heads& h, const Keys& keys, Slopes& b, Query* query, int rows, int column, int columns, float* sums, char* begun) {
     const int size = h.size, parts = size / BLOCK;
     const size_t panel = (size_t)keys.blocks * SQUARE / 2;
-    Term first[QUERIES], second[QUERIES];
+    Term terms[std::max(QUERIES, KEYS)];
     for (int i = 0; i < rows; i++) {
         int count = 0;
-        for (int part = 0; part < parts; part++) {
-            count = 0;
-            for (int j = 0; j < columns; j++)
-                if (b.there[i][j]) first[count++] = {b.ds[i][j], BLOCK, keys.inner + 2 * part * panel + (column + j) * SQUARE / 2, panel, 16};
-            if (count) multiply<2>(first, count, BLOCK, query[i].dq + part * SQUARE, query[i].begun);
+        for (int j = 0; j < columns; j++)
+            if (b.there[i][j]) terms[count++] = {b.ds[i][j], BLOCK, keys.inner + (column + j) * SQUARE / 2, panel, 16};
+        for (int part = 0; part < parts && count; part++) {
+            multiply<2>(terms, count, BLOCK, query[i].dq + part * SQUARE, query[i].begun);
+            for (int n = 0; n < count; n++) terms[n].w += 2 * panel;
         }
         query[i].begun |= count > 0;
     }
-    for (int j = 0; j < columns; j++) {
-        int count = 0;
-        for (int part = 0; part < parts; part++) {
-            count = 0;
-            for (int i = 0; i < rows; i++) {
-                if (!b.there[i][j]) continue;
-                first[count] = {query[i].q_turned + part * SQUARE, BLOCK, b.turned[i][j], SQUARE / 2, 16};
-                second[count++] = {query[i].g_turned + part * SQUARE, BLOCK, b.p[i][j], SQUARE / 2, 16};
+    for (int value = 0; value < 2; value++)  // all of one kind, so that the queries stay in the nearest cache
+        for (int j = 0; j < columns; j++) {
+            int count = 0;
+            for (int i = 0; i < rows; i++)
+                if (b.there[i][j]) terms[count++] = {value ? query[i].g_turned : query[i].q_turned, BLOCK, value ? b.p[i][j] : b.turned[i][j], SQUARE / 2, 16};
+            for (int part = 0; part < parts && count; part++) {
+                multiply<2>(terms, count, BLOCK, sums + (size_t)((2 * j + value) * parts + part) * SQUARE, begun[j] & 1 << value);
+                for (int n = 0; n < count; n++) terms[n].x += SQUARE;
             }
-            if (!count) continue;
-            multiply<2>(first, count, BLOCK, sums[j] + part * SQUARE, begun[j]);
-            multiply<2>(second, count, BLOCK, sums[j] + (parts + part) * SQUARE, begun[j]);
+            if (count) begun[j] |= 1 << value;
         }
-        begun[j] |= count > 0;
-    }
 }
 
 // Blocks of slopes of `rows` blocks of queries and `columns` of keys; false where none is seen.
@@ -374,31 +284,31 @@ void backward(const Heads& h, const Unit& unit, const Back& back) {
     tokens_out(key, h.stride(), count, keys.blocks, size, keys.k);
     tokens_out(key + (size_t)h.keys * size, h.stride(), count, keys.blocks, size, keys.v);
     tokens_in(key, h.stride(), count, keys.blocks, size, keys.inner);
-    take(h, unit, back, scratch);
-    float* local = unit.sums ? unit.sums : room(scratch.local, KEYS * share);
-    for (int column = 0; column < keys.blocks; column += KEYS) {
-        const int columns = std::min(KEYS, keys.blocks - column);
-        float* sums[KEYS];
-        bool begun[KEYS] = {};
-        for (int j = 0; j < columns; j++) sums[j] = local + (unit.sums ? column + j : j) * share;
-        for (int head = 0; head < h.groups(); head++)
+    float* sums = unit.sums ? unit.sums : room(scratch.local, keys.blocks * share);
+    scratch.begun.assign(keys.blocks, 0);
+    for (int head = unit.head * h.groups(); head < (unit.head + 1) * h.groups(); head++) {
+        take(h, unit, head, back, scratch);
+        for (int column = 0; column < keys.blocks; column += KEYS) {
+            const int columns = std::min(KEYS, keys.blocks - column);
             for (int row = 0; row < many; row += QUERIES) {
                 const int rows = std::min(QUERIES, many - row);
-                Query* query = &scratch.query[head * many + row];
+                Query* query = &scratch.query[row];
                 if (slopes_of(h, unit, keys, scratch.slopes, query, unit.low + row, rows, column, columns))
-                    add(h, keys, scratch.slopes, query, rows, column, columns, sums, begun);
+                    add(h, keys, scratch.slopes, query, rows, column, columns, sums + column * share, &scratch.begun[column]);
             }
-        for (int j = 0; j < columns; j++) {
-            if (!begun[j]) memset(sums[j], 0, share * sizeof(float));
-            if (!unit.sums) leave(h, span, unit.token(), unit.head, column + j, sums + j, 1, back.dx);
+        }
+        for (int n = 0; n < many; n++) {
+            Query& query = scratch.query[n];
+            const int block = unit.low + n, rows = std::min(BLOCK, span.kept() - block * BLOCK);
+            if (!query.begun) memset(query.dq, 0, (size_t)size * BLOCK * sizeof(float));
+            Half* to = back.dx + (unit.token() + span.skip + block * BLOCK) * h.stride() + (size_t)head * size;
+            for (int part = 0; part < parts; part++) put(query.dq + part * SQUARE, rows, h.scale(), to + part * BLOCK, h.stride(), 0);
         }
     }
-    for (size_t n = 0; n < scratch.query.size(); n++) {
-        Query& query = scratch.query[n];
-        const int head = unit.head * h.groups() + n / many, block = unit.low + n % many, rows = std::min(BLOCK, span.kept() - block * BLOCK);
-        if (!query.begun) memset(query.dq, 0, (size_t)size * BLOCK * sizeof(float));
-        Half* to = back.dx + (unit.token() + span.skip + block * BLOCK) * h.stride() + (size_t)head * size;
-        for (int part = 0; part < parts; part++) put(query.dq + part * SQUARE, rows, h.scale(), to + part * BLOCK, h.stride(), 0);
+    for (int column = 0; column < keys.blocks; column++) {
+        const float* mine = sums + column * share;
+        if (!scratch.begun[column]) memset(sums + column * share, 0, share * sizeof(float));
+        if (!unit.sums) leave(h, span, unit.token(), unit.head, column, &mine, 1, back.dx);
     }
 }
 

@@ -6,8 +6,20 @@
 typedef uint16_t Half;
 constexpr int SQUARE = BLOCK * BLOCK;
 
-// 32 numbers of a row; those of rows from `count` on are 0.
+template <class T> static inline T* room(Array<T>& array, size_t count) {
+    if (array.size() < count) array.clear(), array.resize(count);
+    return array.data();
+}
+
+template <int PANELS> static inline void multiply(const Term* terms, int count, int rows, float* c, bool add) {
+    asm volatile("" ::: "memory");  // gcc does not know that tiles are read from memory
+    product<PANELS>(terms, count, rows, c, add);
+    asm volatile("" ::: "memory");
+}
+
+// 32 numbers of a row; those of rows from `count` on are 0. Rows lie so far apart that no processor asks for the next ones by itself.
 static inline __m512i row_of(const Half* from, size_t stride, int row, int count) {
+    __builtin_prefetch(from + (size_t)(row + 16) * stride);
     return row < count ? _mm512_loadu_si512(from + (size_t)row * stride) : _mm512_setzero_si512();
 }
 
@@ -101,6 +113,7 @@ static inline void put(const float* from, int rows, float scale, Half* to, size_
     for (int r = 0; r < rows; r++) {
         __m512 low = _mm512_loadu_ps(from + r * BLOCK) * scale, high = _mm512_loadu_ps(from + r * BLOCK + 16) * scale;
         Half* place = to + (size_t)r * stride;
+        __builtin_prefetch(place + 16 * stride, 1);
         if (r < add) low += (__m512)lane(place), high += (__m512)lane(place + 16);
         _mm512_storeu_si512(place, halves(low, high));
     }
