@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crucible_framework.backends.local import attending, native
-from crucible_framework.backends.local.attention import Attention, Rotation, Span
+from crucible_framework.backends.local.attention import Attention, Pattern, Rotation, Span
 from crucible_framework.backends.local.walks import Walks
 
 TORCH = Walks(None)
@@ -67,7 +67,7 @@ def attended(x: Tensor, g: Tensor, queries: int, spans: Sequence[Span], walks: W
     """What `Attention` gives, with angles of 0."""
     cos = torch.ones(x.shape[0], 1, x.shape[2] // 2, dtype=x.dtype)
     leaf = x.clone().requires_grad_()
-    o = cast("Tensor", Attention.apply(leaf * 1, queries, Rotation(cos, torch.zeros_like(cos), walks), spans))  # type: ignore[no-untyped-call]
+    o = cast("Tensor", Attention.apply(leaf * 1, Pattern(queries, Rotation(cos, torch.zeros_like(cos), walks), spans)))  # type: ignore[no-untyped-call]
     (dx,) = torch.autograd.grad(o, leaf, g)
     return o.detach(), dx
 

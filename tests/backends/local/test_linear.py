@@ -34,7 +34,7 @@ def linear(tmp_path_factory: pytest.TempPathFactory) -> Linear:
 
 @dataclass(frozen=True)
 class Case:
-    """A step; `parts` are (low, high, rank) of adapters in blocks of 32 outputs."""
+    """A step; `parts` are (low, high, rank, first row, row after the last) of adapters, low and high in blocks of 32 outputs."""
 
     rows: int
     inputs: int
@@ -42,9 +42,8 @@ class Case:
     before: str
     residual: bool
     bias: bool
-    parts: tuple[tuple[int, int, int], ...]
+    parts: tuple[tuple[int, int, int, int, int], ...]
     drops: tuple[tuple[int, int], ...]
-    own_scales: bool
     seed: int
 
 
@@ -52,12 +51,15 @@ class Case:
 def cases(draw: st.DrawFn) -> Case:
     rows, blocks = draw(st.integers(1, 300)), draw(st.integers(1, 4))
     cuts = sorted(draw(st.sets(st.integers(0, blocks), max_size=blocks + 1)))
-    parts = tuple((low, high, draw(st.integers(1, 40))) for low, high in pairwise(cuts) if draw(st.booleans()))
+    parts = list[tuple[int, int, int, int, int]]()
+    for low, high in pairwise(cuts):
+        turns = sorted(draw(st.sets(st.integers(0, rows), max_size=5)))
+        parts += [(low, high, draw(st.integers(1, 40)), begin, end) for begin, end in pairwise(turns)]
     ends = sorted(draw(st.sets(st.integers(0, rows), max_size=4)))
     drops = tuple((low, high) for low, high in zip(ends[::2], ends[1::2], strict=False))
     before = draw(st.sampled_from(["norm", "gate", "nothing"]))
     inputs, seed = 32 * draw(st.integers(1, 5)), draw(st.integers(0, 99))
-    return Case(rows, inputs, 32 * blocks, before, draw(st.booleans()), draw(st.booleans()), parts, drops, draw(st.booleans()), seed)
+    return Case(rows, inputs, 32 * blocks, before, draw(st.booleans()), draw(st.booleans()), tuple(parts), drops, seed)
 
 
 @dataclass(eq=False)
@@ -79,14 +81,13 @@ def made(case: Case, linear: Linear) -> Given:
 
     weight, bias = random(case.outputs, case.inputs, scale=case.inputs**-0.5).to(BF16), random(case.outputs).to(BF16)
     frozen = kernels.Frozen(weight, bias if case.bias else None, pack=True, linear=linear)
-    scales = [random(case.rows, rank).to(BF16) if case.own_scales and len(case.parts) == 1 else 0.7 for _, _, rank in case.parts]
-    parts = [kernels.Part(32 * low, 32 * high, scale) for (low, high, _), scale in zip(case.parts, scales, strict=True)]
+    parts = [kernels.Part(32 * low, 32 * high, 0.7 + place, slice(begin, end)) for place, (low, high, _, begin, end) in enumerate(case.parts)]
     drops = [(slice(low, high), Drop(case.seed, low, STEPS // 3)) for low, high in case.drops]
     norm = random(case.inputs).to(BF16) if case.before == "norm" else None
     step = kernels.Matmul(frozen, Walks(None), parts, drops, norm, 1e-5, case.before == "gate")
-    pairs = [
-        t for (low, high, rank) in case.parts for t in (random(rank, case.inputs, scale=case.inputs**-0.5), random(32 * (high - low), rank, scale=rank**-0.5))
-    ]
+    pairs = list[Tensor]()
+    for low, high, rank, _, _ in case.parts:
+        pairs += random(rank, case.inputs, scale=case.inputs**-0.5), random(32 * (high - low), rank, scale=rank**-0.5)
     width = 2 * case.inputs if case.before == "gate" else case.inputs
     residual = random(case.rows, case.outputs).to(BF16) if case.residual else None
     return Given(step, random(case.rows, width).to(BF16), residual, pairs, random(case.rows, case.outputs).to(BF16))
@@ -107,7 +108,9 @@ def expected(asked: Given) -> tuple[Tensor, list[Tensor]]:
     for rows, drop in step.drops:
         mask[rows] = drop.kept((rows.stop - rows.start, x.shape[1]), x.device).double()
     for part, a, b in zip(step.parts, pairs[::2], pairs[1::2], strict=True):
-        added = ((x * mask) @ a.t() * part.scale) @ b.t()
+        mine = torch.zeros(len(x), 1, dtype=torch.float64)
+        mine[part.rows] = part.factor
+        added = ((x * mask * mine) @ a.t()) @ b.t()
         y = y + functional.pad(added, (part.low, y.shape[1] - part.high))
     if asked.residual is not None:
         y = y + asked.residual.double()
@@ -148,7 +151,7 @@ def test_a_step_and_its_gradients(linear: Linear, case: Case) -> None:
 
 
 def test_threads_change_no_result(linear: Linear) -> None:
-    asked = made(Case(300, 96, 128, "norm", True, True, ((0, 1, 16), (1, 4, 8)), ((0, 200),), False, 1), linear)
+    asked = made(Case(300, 96, 128, "norm", True, True, ((0, 1, 16, 0, 300), (1, 4, 8, 0, 300)), ((0, 200),), 1), linear)
     step, threads = Step(asked.step, asked.pairs), torch.get_num_threads()
     results = list[Tensor]()
     try:
@@ -168,7 +171,7 @@ def test_threads_change_no_result(linear: Linear) -> None:
 
 
 def test_the_residual_s_gradient_joins_that_of_the_norm(linear: Linear) -> None:
-    asked = made(Case(70, 64, 64, "norm", False, False, ((0, 2, 4),), (), False, 2), linear)
+    asked = made(Case(70, 64, 64, "norm", False, False, ((0, 2, 4, 0, 70),), (), 2), linear)
     step, more = Step(asked.step, asked.pairs), torch.randn(70, 64).to(BF16)
     linear.forward(step, asked.h)
     alone, _ = linear.backward(step, asked.h, asked.g, wanted=True)
@@ -202,8 +205,10 @@ def test_what_is_not_covered_goes_another_way(linear: Linear) -> None:
 @given(rows=st.integers(1, 300), inner=st.integers(1, 5), rank=st.integers(1, 20), drops=st.booleans(), adapted=st.booleans())
 def test_a_gated_pair_of_steps_is_both_of_them(linear: Linear, rows: int, inner: int, rank: int, drops: bool, adapted: bool) -> None:
     dropped = ((0, (rows + 1) // 2),) if drops else ()
-    up = made(Case(rows, 64, 64 * inner, "norm", False, True, ((0, inner, rank), (inner, 2 * inner, 3)) if adapted else (), dropped, False, 3), linear)
-    down = made(Case(rows, 32 * inner, 64, "gate", False, False, ((0, 2, rank),), dropped, False, 4), linear)
+    up = made(
+        Case(rows, 64, 64 * inner, "norm", False, True, ((0, inner, rank, 0, rows), (inner, 2 * inner, 3, 0, rows)) if adapted else (), dropped, 3), linear
+    )
+    down = made(Case(rows, 32 * inner, 64, "gate", False, False, ((0, 2, rank, 0, rows),), dropped, 4), linear)
     apart, joint = ((Step(up.step, up.pairs), Step(down.step, down.pairs)) for _ in range(2))
     both = linear.forward(apart[0], up.h)
     y = linear.forward(apart[1], both, up.h)

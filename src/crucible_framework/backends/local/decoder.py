@@ -57,6 +57,11 @@ class Joint:
     frozen: Frozen
     rows: tuple[tuple[str, int, int], ...]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether a step with it can be compiled, whichever of its layers are adapted."""
+        return self.frozen.panels is not None and all(low % 32 == high % 32 == 0 for _, low, high in self.rows)
+
     @classmethod
     def of(cls, layers: Sequence[LoraLinear], *, pack: bool, linear: Linear | None) -> Joint:
         """Lays the layers' weights beside each other; the layers then hold views of the result."""
@@ -302,26 +307,34 @@ class Decoder:
         """The layer's four steps over x [T, H] with the pairs of the active adapters; one seed per adapter where there is dropout."""
         given: Sequence[tuple[Joint, Tensor | None, bool]]
         given = ((layer.qkv, layer.before, False), (layer.out, None, False), (layer.up, layer.between, False), (layer.down, None, True))
-        return [self._step(joint, Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated), x, seeds) for joint, norm, gated in given]
+        apart = all(joint.compiled for joint, _, _ in given)
+        made = [(joint, Matmul(joint.frozen, self.walks, norm=norm, eps=self._eps, gated=gated)) for joint, norm, gated in given]
+        return [(step, self._adapt(joint, step, x, seeds, apart=apart)) for joint, step in made]
 
-    def _step(self, joint: Joint, step: Matmul, x: Tensor, seeds: Sequence[int]) -> tuple[Matmul, list[Tensor]]:
+    def _adapt(self, joint: Joint, step: Matmul, x: Tensor, seeds: Sequence[int], *, apart: bool) -> list[Tensor]:
+        """Gives a step the parts and the dropout of the active adapters, and gives their pairs; several are `apart`, or one with scales of each token."""
         active, tokens = self._slot.active, x.shape[0]
-        found: Sequence[tuple[int, int, tuple[Tensor, Tensor, Tensor | float]]]
-        groups: Sequence[tuple[Active | None, int, int]]
-        if isinstance(active, Mixed):
-            found = [(low, high, pair) for name, low, high in joint.rows if (pair := active.joined(name, tokens, x.dtype)) is not None]
-            groups = active.groups
-        elif active is not None:
-            scale = active.scale * active.raise_by
-            found = [(low, high, (*active.pairs[name], scale)) for name, low, high in joint.rows if name in active.pairs]
-            groups = ((active, 0, tokens),)
-            step.note = active.note.add if active.note is not None else None
+        if active is None:
+            return []
+        groups = active.groups if isinstance(active, Mixed) else ((active, 0, tokens),)
+        pairs = list[Tensor]()
+        if isinstance(active, Mixed) and not apart:
+            joined = [(low, high, found) for name, low, high in joint.rows if (found := active.joined(name, tokens, x.dtype)) is not None]
+            step.parts = [Part(low, high, scale) for low, high, (_, _, scale) in joined]
+            pairs = [tensor for _, _, (a, b, _) in joined for tensor in (a, b)]
         else:
-            return step, []
-        step.parts = [Part(low, high, scale) for low, high, (_, _, scale) in found]
+            parts = list[Part]()
+            for name, low, high in joint.rows:
+                for one, begin, end in groups:
+                    if one is not None and name in one.pairs:
+                        parts.append(Part(low, high, one.scale * one.raise_by, slice(begin, end)))
+                        pairs += one.pairs[name]
+            step.parts = parts
+        if isinstance(active, Active) and active.note is not None:
+            step.note = active.note.add
         drops = [(slice(low, high), one.drop(seed, joint.rows[0][0])) for (one, low, high), seed in zip(groups, seeds, strict=False) if one is not None]
-        step.drops = [(rows_of, drop) for rows_of, drop in drops if drop is not None] if found else []
-        return step, [tensor for _, _, (a, b, _) in found for tensor in (a, b)]
+        step.drops = [(rows, drop) for rows, drop in drops if drop is not None] if pairs else []
+        return pairs
 
     def _times(self, joint: Joint, made: tuple[Matmul, list[Tensor]], h: Tensor, residual: Tensor | None = None) -> Tensor:
         """One step over h."""

@@ -100,7 +100,7 @@ def _prepare(base: Base, batch: Batch, loss: Loss, *, apart: bool = False) -> _W
 def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor], active: Active, *, again: bool) -> dict[str, Tensor]:
     """The gradient per adapter tensor; with `again`, each pass goes through the model once more."""
     adapter = active.adapter
-    total = {name: torch.zeros_like(tensor, requires_grad=False) for name, tensor in adapter.items()}
+    total = dict[str, Tensor]()
     for one in work.passes:
         outputs = work.run(one) if again else values
         weights = [upstream[i][work.index(i)] for i in one.members]
@@ -109,8 +109,8 @@ def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor
         found = torch.autograd.grad([outputs[i] for i in one.members], list(adapter.values()), weights, allow_unused=True)
         for name, gradient in zip(adapter, found, strict=True):
             if gradient is not None:
-                total[name] += gradient
-    return total
+                total[name] = gradient if name not in total else total[name].add_(gradient)
+    return {name: torch.zeros_like(tensor, requires_grad=False) if (one := total.get(name)) is None else one for name, tensor in adapter.items()}
 
 
 def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: bool) -> tuple[StepOutput, dict[str, Tensor]]:

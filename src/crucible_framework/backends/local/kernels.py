@@ -109,11 +109,18 @@ class Part:
     Attributes:
         low, high: the output columns.
         scale: of A x: a number, or [T, rank] where every token has its own.
+        rows: the tokens that use it, all where None; only compiled steps know others.
     """
 
     low: int
     high: int
     scale: float | Tensor
+    rows: slice | None = None
+
+    @property
+    def factor(self) -> float:
+        """The scale where it is one number, else 1."""
+        return 1.0 if isinstance(self.scale, Tensor) else self.scale
 
 
 @dataclass(slots=True, eq=False)
@@ -196,7 +203,7 @@ class LoraMatmul(torch.autograd.Function):
         for place, (part, b) in enumerate(zip(step.parts, near[1::2], strict=bool(pairs))):
             if isinstance(part.scale, Tensor):
                 low[place] = low[place] * part.scale
-            y[:, part.low : part.high].addmm_(low[place], b.t(), alpha=1.0 if isinstance(part.scale, Tensor) else part.scale)
+            y[:, part.low : part.high].addmm_(low[place], b.t(), alpha=part.factor)
         if residual is not None:
             y.add_(residual)
         if any(ctx.needs_input_grad):
@@ -235,7 +242,7 @@ def _pair_gradients(step: Matmul, x: Tensor, g: Tensor, *, pairs: Sequence[Tenso
         inner.append((mine @ b).mul_(part.scale))
         second.append(mine.t() @ a if isinstance(part.scale, Tensor) else (mine.t() @ a).mul_(part.scale))
         if step.note is not None:
-            step.note(mine, a, 1.0 if isinstance(part.scale, Tensor) else part.scale)
+            step.note(mine, a, part.factor)
     joined = inner[0] if len(inner) == 1 else torch.cat(inner, dim=1)
     dropped = step.dropped(x)
     first = torch.split(joined.t() @ dropped, [d.shape[1] for d in inner])

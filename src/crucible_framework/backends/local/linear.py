@@ -29,7 +29,7 @@ _BLOCK = 32
 
 
 class _Part(ctypes.Structure):
-    _fields_ = (*((name, _I) for name in ("low", "high", "first", "ranks")), ("scale", _F), *((name, _P) for name in ("a", "b", "da", "db")))
+    _fields_ = (*((name, _I) for name in ("low", "high", "begin", "end", "first", "ranks")), ("scale", _F), *((name, _P) for name in ("a", "b", "da", "db")))
 
 
 class _Drop(ctypes.Structure):
@@ -40,7 +40,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("h", "norm", "residual", "bias", "forward", "backward", "g", "extra")),
         *((name, _P) for name in ("y", "low", "dh", "inner", "dropped")),
-        *((name, _P) for name in ("scales", "r", "part", "drop")),
+        *((name, _P) for name in ("r", "part", "drop")),
         *((name, _I) for name in ("rows", "inputs", "outputs", "gated", "parts", "drops", "ranks")),
         ("eps", _F),
     )
@@ -120,7 +120,7 @@ class Linear:
     @staticmethod
     def covers(step: Matmul, h: Tensor) -> bool:
         """Whether a step over h [T, width] is for these calls, as far as its matrix is."""
-        regular = all(part.low % _BLOCK == 0 and part.high % _BLOCK == 0 for part in step.parts)
+        regular = all(part.low % _BLOCK == part.high % _BLOCK == 0 and not isinstance(part.scale, Tensor) for part in step.parts)
         return h.dtype == torch.bfloat16 and h.is_contiguous() and h.shape[0] > 0 and regular
 
     def forward(self, asked: Step, h: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -248,19 +248,17 @@ def _call(asked: Step, h: Tensor, found: Sequence[Tensor]) -> tuple[_Call, objec
     """What both directions say alike, and what must live until the call is over."""
     step, panels = asked.step, asked.panels
     exact = [pair.detach().to(torch.float32).contiguous() for pair in asked.pairs]
-    parts, first, scales = (_Part * max(len(step.parts), 1))(), 0, None
+    parts, first = (_Part * max(len(step.parts), 1))(), 0
     for place, part in enumerate(step.parts):
         a, b = exact[2 * place : 2 * place + 2]
-        if isinstance(part.scale, Tensor):
-            scales = part.scale.float().contiguous()
-        factor = 1.0 if isinstance(part.scale, Tensor) else part.scale
+        rows = slice(0, h.shape[0]) if part.rows is None else part.rows
         gradients = (tensor.data_ptr() for tensor in found[2 * place : 2 * place + 2]) if found else (None, None)
-        parts[place] = _Part(part.low, part.high, first, a.shape[0], factor, a.data_ptr(), b.data_ptr(), *gradients)
+        parts[place] = _Part(part.low, part.high, rows.start, rows.stop, first, a.shape[0], part.factor, a.data_ptr(), b.data_ptr(), *gradients)
         first += _up(a.shape[0])
     drops = (_Drop * max(len(step.drops), 1))(*(_Drop(rows.start, rows.stop, drop.start, drop.threshold) for rows, drop in step.drops))
     call = _bare(panels, h)
     call.norm, call.eps, call.gated, call.bias = _address(step.norm), step.eps, int(step.gated), _address(step.frozen.bias)
-    call.low, call.r, call.scales = _address(asked.kept.low), _address(asked.kept.r), _address(scales)
+    call.low, call.r = _address(asked.kept.low), _address(asked.kept.r)
     call.parts, call.part, call.ranks = len(step.parts), ctypes.addressof(parts), first
     call.drops, call.drop = len(step.drops), ctypes.addressof(drops)
-    return call, (exact, parts, drops, scales)
+    return call, (exact, parts, drops)

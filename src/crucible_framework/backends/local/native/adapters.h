@@ -1,17 +1,19 @@
 // What a call for a training step says, with the low-rank adapters in it: their matrices as panels, and the sums that are their gradients.
 #pragma once
 #include "between.h"
+#include "panels.h"
 #ifdef HAVE_BF16
 #include <omp.h>
 
 namespace {
 
-struct Part {  // one adapter on the outputs from `low` to before `high`
-    int32_t low, high;
-    int32_t first, ranks;  // where its ranks stand in `low`'s columns: from a multiple of 32 on
+struct Part {  // one adapter on the outputs from `low` to before `high` of the rows from `from` to before `to`
+    int32_t low, high, from, to;
+    int32_t first, ranks;  // where its ranks stand: from a multiple of 32 on
     float scale;
     const float *a, *b;    // [ranks][inputs], [high - low][ranks]
     float *da, *db;        // their gradients
+    bool meets(int row, int rows) const { return from < row + rows && to > row; }
 };
 struct Drop {  // rows from `low` to before `high` lose numbers for the adapters
     int32_t low, high;
@@ -21,7 +23,6 @@ struct Drop {  // rows from `low` to before `high` lose numbers for the adapters
 struct Call {
     const uint16_t *h, *norm, *residual, *bias, *forward, *backward, *g, *extra;
     uint16_t *y, *low, *dh, *inner, *dropped;
-    const float* scales;  // of the ranks of each row, [rows][ranks], or null
     float* r;
     const Part* part;
     const Drop* drop;
@@ -49,82 +50,85 @@ Scratch& scratch() {
     static thread_local Scratch mine;
     return mine;
 }
-template <class T> T* room(Array<T>& array, size_t n) {
-    if (array.size() < n) array.resize(n);
-    return array.data();
-}
 
-// An adapter's matrices as panels. `a` reads inputs and gives ranks, `b` reads ranks and gives outputs; `a_back` and `b_back` the other way.
+// An adapter's matrices as panels: forward `a` reads inputs and gives ranks and `b` reads ranks and gives outputs, backward the other way.
 struct Panels {
     Array<uint16_t> a, b;
 };
+// 32 numbers of a row as bf16, 0 beyond its width.
+inline Halves near(const float* row, int k, int width) {
+    const auto some = [&](int left) { return left >= 16 ? (__mmask16)0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : (__mmask16)0; };
+    return halves(_mm512_maskz_loadu_ps(some(width - k), row + k), _mm512_maskz_loadu_ps(some(width - k - 16), row + k + 16));
+}
+// Rows [count][width] that are a product's outputs, or its inputs, from where `to` is on; both are filled up to multiples of 32.
+void as_outputs(const float* rows, int count, int width, uint16_t* to, size_t panel) {
+    for (int row = 0; row < up32(count); row += 16)
+        for (int k = 0; k < width; k += 32) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++) r[i] = row + i < count ? near(rows + (size_t)(row + i) * width, k, width) : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (size_t)(row / 16) * panel + (k / 2 + i) * 32, r[i]);
+        }
+}
+void as_inputs(const float* rows, int count, int width, uint16_t* to, size_t panel) {
+    for (int row = 0; row < up32(count); row += 2)
+        for (int k = 0; k < width; k += 32) {
+            const Halves a = row < count ? near(rows + (size_t)row * width, k, width) : _mm512_setzero_si512();
+            const Halves b = row + 1 < count ? near(rows + (size_t)(row + 1) * width, k, width) : _mm512_setzero_si512();
+            uint16_t* at = to + (size_t)(k / 16) * panel + row / 2 * 32;
+            _mm512_storeu_si512(at, by_turns(a, b, 0)), _mm512_storeu_si512(at + panel, by_turns(a, b, 1));
+        }
+}
 void pack_forward(const Call& c, Panels& p) {
-    uint16_t *a = room(p.a, (size_t)c.ranks * c.inputs), *b = room(p.b, (size_t)c.outputs * 32 * std::max(1, c.ranks / 32));
-    memset(a, 0, (size_t)c.ranks * c.inputs * 2);
-    for (const Part* part = c.part; part < c.part + c.parts; part++) {
-        for (int j = 0; j < part->ranks; j++) {
-            uint16_t* to = a + (size_t)((part->first + j) / 16) * 16 * c.inputs + (part->first + j) % 16 * 2;
-            const float* from = part->a + (size_t)j * c.inputs;
-            for (int k = 0; k < c.inputs; k += 2) to[k * 16] = rounded(from[k]), to[k * 16 + 1] = rounded(from[k + 1]);
-        }
-        const int wide = up32(part->ranks);
-        for (int n = part->low; n < part->high; n++) {
-            uint16_t* to = b + (size_t)(n / 16) * 16 * c.ranks + n % 16 * 2;
-            const float* from = part->b + (size_t)(n - part->low) * part->ranks;
-            for (int j = 0; j < wide; j++) to[j / 2 * 32 + j % 2] = j < part->ranks ? rounded(from[j]) : 0;
-        }
+    uint16_t *a = room(p.a, (size_t)c.ranks * c.inputs), *b = room(p.b, (size_t)c.outputs * c.ranks);
+    for (const Part* one = c.part; one < c.part + c.parts; one++) {
+        as_outputs(one->a, one->ranks, c.inputs, a + (size_t)one->first * c.inputs, (size_t)16 * c.inputs);
+        as_outputs(one->b, one->high - one->low, one->ranks, b + (size_t)one->low * c.ranks + (size_t)one->first * 16, (size_t)16 * c.ranks);
     }
 }
 void pack_backward(const Call& c, Panels& p) {
     uint16_t *a = room(p.a, (size_t)c.ranks * c.inputs), *b = room(p.b, (size_t)c.ranks * c.outputs);
-    memset(a, 0, (size_t)c.ranks * c.inputs * 2), memset(b, 0, (size_t)c.ranks * c.outputs * 2);
-    for (const Part* part = c.part; part < c.part + c.parts; part++)
-        for (int j = 0; j < part->ranks; j++) {
-            const int rank = part->first + j;
-            const float* from = part->a + (size_t)j * c.inputs;
-            for (int k = 0; k < c.inputs; k++) a[(size_t)(k / 16) * 16 * c.ranks + rank / 2 * 32 + k % 16 * 2 + rank % 2] = rounded(from[k]);
-            uint16_t* to = b + (size_t)(rank / 16) * 16 * c.outputs + rank % 16 * 2;
-            for (int n = part->low; n < part->high; n++) to[n / 2 * 32 + n % 2] = rounded(part->b[(size_t)(n - part->low) * part->ranks + j]);
-        }
+    for (const Part* one = c.part; one < c.part + c.parts; one++) {
+        as_inputs(one->a, one->ranks, c.inputs, a + (size_t)one->first * 16, (size_t)16 * c.ranks);
+        as_inputs(one->b, one->high - one->low, one->ranks, b + (size_t)one->first * c.outputs + (size_t)one->low * 16, (size_t)16 * c.outputs);
+    }
 }
 
-struct Sums {  // of one thread: of A and of B, in blocks [ranks / 32][width / 32][32][32]
-    bool used = false;
+// Sums of one thread: of A and of B, in blocks [ranks / 32][width / 32][32][32]. Those of ranks that are not `begun` hold anything.
+struct Sums {
+    std::vector<char> begun;
     Array<float> a, b;
 };
+std::vector<Sums>& fresh(const Call& c, std::vector<Sums>& sums) {
+    if ((int)sums.size() < omp_get_max_threads()) sums.resize(omp_get_max_threads());
+    for (auto& one : sums) one.begun.assign(c.ranks / 32, 0);
+    return sums;
+}
+Sums& of_thread(const Call& c, std::vector<Sums>& sums, int thread) {
+    room(sums[thread].a, (size_t)c.ranks * c.inputs), room(sums[thread].b, (size_t)c.ranks * c.outputs);
+    return sums[thread];
+}
 // The sums of all threads, added up in their order, as the gradients of the parts.
 void gather(const Call& c, const std::vector<Sums>& sums) {
     for (const Part* part = c.part; part < c.part + c.parts; part++)
-        for (int j = 0; j < part->ranks; j++) {
-            const int rank = part->first + j / 32 * 32, row = j % 32 * 32;
-            for (int k = 0; k < c.inputs; k += 16) {
+        for (int j = 0; j < part->ranks; j += 16) {
+            const int rank = part->first + j / 32 * 32, row = j % 32, some = std::min(16, part->ranks - j);
+            const auto total = [&](const Array<float> Sums::* which, size_t at) {
                 __m512 sum = _mm512_setzero_ps();
                 for (auto& one : sums)
-                    if (one.used) sum += _mm512_loadu_ps(&one.a[(size_t)rank * c.inputs + (size_t)(k / 32) * 1024 + row + k % 32]);
-                _mm512_storeu_ps(part->da + (size_t)j * c.inputs + k, sum);
-            }
-            for (int n = part->low; n < part->high; n++) {
-                float sum = 0;
-                for (auto& one : sums)
-                    if (one.used) sum += one.b[(size_t)rank * c.outputs + (size_t)(n / 32) * 1024 + row + n % 32];
-                part->db[(size_t)(n - part->low) * part->ranks + j] = sum;
+                    if (one.begun[rank / 32]) sum += _mm512_loadu_ps((one.*which).data() + at);
+                return sum;
+            };
+            for (int i = 0; i < some; i++)
+                for (int k = 0; k < c.inputs; k += 16)
+                    _mm512_storeu_ps(part->da + (size_t)(j + i) * c.inputs + k, total(&Sums::a, (size_t)rank * c.inputs + (size_t)(k / 32) * 1024 + (row + i) * 32 + k % 32));
+            for (int n = part->low; n < part->high; n += 16) {
+                __m512i r[16];
+                for (int i = 0; i < 16; i++) r[i] = (__m512i)total(&Sums::b, (size_t)rank * c.outputs + (size_t)(n / 32) * 1024 + (row + i) * 32 + n % 32);
+                transpose(r);
+                for (int i = 0; i < 16; i++) _mm512_mask_storeu_ps(part->db + (size_t)(n - part->low + i) * part->ranks + j, (__mmask16)((1 << some) - 1), (__m512)r[i]);
             }
         }
-}
-// A thread's sums for a call, which begin at 0.
-Sums& begin(const Call& c, std::vector<Sums>& sums, int thread) {
-    Sums& mine = sums[thread];
-    if (!mine.used && c.parts) {
-        memset(room(mine.a, (size_t)c.ranks * c.inputs), 0, (size_t)c.ranks * c.inputs * 4);
-        memset(room(mine.b, (size_t)c.ranks * c.outputs), 0, (size_t)c.ranks * c.outputs * 4);
-        mine.used = true;
-    }
-    return mine;
-}
-std::vector<Sums>& none_used(std::vector<Sums>& sums) {
-    if ((int)sums.size() < omp_get_max_threads()) sums.resize(omp_get_max_threads());
-    for (auto& one : sums) one.used = false;
-    return sums;
 }
 
 }  // namespace

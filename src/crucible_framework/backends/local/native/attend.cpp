@@ -112,7 +112,7 @@ void forward(const Heads& h, const Unit& unit, Half* o, float* lse) {
                 const Sight sight = column < end ? seen.at(block, column) : NONE;
                 if (sight != NONE) {
                     const Term term = {q, (size_t)size, k + (size_t)column * BLOCK * size, (size_t)16 * size, size / 2};
-                    multiply<2>(&term, 1, rows, row.scores[count], false);
+                    product<2>(&term, 1, rows, row.scores[count], false);
                     if (sight == SOME) seen.hide(block, column, 1.0f / h.scale(), row.scores[count]);
                     row.columns[count++] = column;
                 }
@@ -122,7 +122,7 @@ void forward(const Heads& h, const Unit& unit, Half* o, float* lse) {
                 Term terms[CHUNK];
                 for (int part = 0; part < parts; part++) {
                     for (int b = 0; b < count; b++) terms[b] = {row.p[b], BLOCK, v + 2 * part * panel + row.columns[b] * SQUARE / 2, panel, 16};
-                    multiply<2>(terms, count, rows, acc + part * SQUARE, row.begun);
+                    product<2>(terms, count, rows, acc + part * SQUARE, row.begun);
                 }
                 row.begun = true, count = 0;
             }
@@ -233,7 +233,7 @@ void add(const Heads& h, const Keys& keys, Slopes& b, Query* query, int rows, in
         for (int j = 0; j < columns; j++)
             if (b.there[i][j]) terms[count++] = {b.ds[i][j], BLOCK, keys.inner + (column + j) * SQUARE / 2, panel, 16};
         for (int part = 0; part < parts && count; part++) {
-            multiply<2>(terms, count, BLOCK, query[i].dq + part * SQUARE, query[i].begun);
+            product<2>(terms, count, BLOCK, query[i].dq + part * SQUARE, query[i].begun);
             for (int n = 0; n < count; n++) terms[n].w += 2 * panel;
         }
         query[i].begun |= count > 0;
@@ -244,7 +244,7 @@ void add(const Heads& h, const Keys& keys, Slopes& b, Query* query, int rows, in
             for (int i = 0; i < rows; i++)
                 if (b.there[i][j]) terms[count++] = {value ? query[i].g_turned : query[i].q_turned, BLOCK, value ? b.p[i][j] : b.turned[i][j], SQUARE / 2, 16};
             for (int part = 0; part < parts && count; part++) {
-                multiply<2>(terms, count, BLOCK, sums + (size_t)((2 * j + value) * parts + part) * SQUARE, begun[j] & 1 << value);
+                product<2>(terms, count, BLOCK, sums + (size_t)((2 * j + value) * parts + part) * SQUARE, begun[j] & 1 << value);
                 for (int n = 0; n < count; n++) terms[n].x += SQUARE;
             }
             if (count) begun[j] |= 1 << value;
@@ -262,8 +262,8 @@ bool slopes_of(const Heads& h, const Unit& unit, const Keys& keys, Slopes& b, co
             any = true;
             const size_t place = (size_t)(column + j) * BLOCK * h.size, size = h.size;
             const Term s = {query[i].q, size, keys.k + place, 16 * size, h.size / 2}, dp = {query[i].g, size, keys.v + place, 16 * size, h.size / 2};
-            multiply<2>(&s, 1, BLOCK, b.scores, false);
-            multiply<2>(&dp, 1, BLOCK, b.dp, false);
+            product<2>(&s, 1, BLOCK, b.scores, false);
+            product<2>(&dp, 1, BLOCK, b.dp, false);
             if (sight == SOME) unit.seen->hide(row + i, column + j, 1.0f / h.scale(), b.scores);
             slopes(b, i, j, query[i], h.scale() * LOG2E);
         }

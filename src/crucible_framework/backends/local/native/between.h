@@ -8,7 +8,6 @@ typedef __m512i Halves;
 static inline Halves raw(const uint16_t* p) { return _mm512_loadu_si512(p); }
 static inline __m512 lower(Halves v) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16); }
 static inline __m512 upper(Halves v) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16); }
-static inline Halves halves(__m512 low, __m512 high) { return (Halves)_mm512_cvtne2ps_pbh(high, low); }
 static inline void put(uint16_t* p, __m512 low, __m512 high) { _mm512_storeu_si512(p, halves(low, high)); }
 // `past` the caches, for what is too large for them: p begins a line.
 static inline void put(uint16_t* p, __m512 low, __m512 high, bool past) {

@@ -30,6 +30,13 @@ static inline bool tiles() {
     return false;
 #endif
 }
+// Room for so many numbers that hold anything.
+template <class T> static inline T* room(Array<T>& array, size_t count) {
+    if (array.size() < count) array.clear(), array.resize(count);
+    return array.data();
+}
+static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
 // A thread calls it before its first product, and `close` after its last: tiles that are held slow down every switch to another thread.
 static inline void open_blocks() {
 #ifdef HAVE_AMX
@@ -45,6 +52,7 @@ static inline void close_blocks() {
 #ifdef HAVE_AMX
 template <int PANELS, bool LOWER> static inline void by_tiles(const Term* terms, int count, float* c, bool add) {
     constexpr int row = BLOCK * sizeof(float);
+    written();
     if (add) {
         _tile_loadd(0, c, row);
         if (LOWER) _tile_loadd(1, c + 16 * BLOCK, row);

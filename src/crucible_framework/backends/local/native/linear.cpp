@@ -64,15 +64,16 @@ const uint16_t* dropped(const Call& c, int from, int rows, const uint16_t* x, Sc
     return to;
 }
 
-// [32][32] numbers to bf16 ranks of 32 rows, each with its factor, 0 beyond the part's ranks and the `rows`; `to` begins the rows' pieces.
-void put_ranks(const Call& c, const Part& part, int from, int rows, int first, const float* block, uint16_t* to) {
+// [32][32] numbers to bf16 ranks of 32 rows with the part's factor, 0 for what is not its own; `to` begins the rows' pieces.
+void put_ranks(const Call& c, const Part& part, int from, int first, const float* block, uint16_t* to) {
     const int left = part.ranks - first;
+    const __m512 by = _mm512_set1_ps(part.scale);
     for (int t = 0; t < 32; t++) {
-        __m512 by[2] = {_mm512_set1_ps(part.scale), _mm512_set1_ps(part.scale)}, v[2];
+        __m512 v[2];
         for (int i = 0; i < 2; i++) {
-            const __mmask16 some = t >= rows || left <= 16 * i ? 0 : left >= 16 * i + 16 ? 0xffff : (__mmask16)((1 << (left - 16 * i)) - 1);
-            if (c.scales) by[i] = _mm512_maskz_loadu_ps(some, c.scales + (size_t)(from + t) * part.ranks + first + 16 * i);
-            v[i] = _mm512_maskz_loadu_ps(some, block + t * 32 + 16 * i) * by[i];
+            const bool none = from + t < part.from || from + t >= part.to || left <= 16 * i;
+            const __mmask16 some = none ? 0 : left >= 16 * i + 16 ? 0xffff : (__mmask16)((1 << (left - 16 * i)) - 1);
+            v[i] = _mm512_maskz_loadu_ps(some, block + t * 32 + 16 * i) * by;
         }
         put(to + place(t, part.first + first, c.ranks), v[0], v[1]);
     }
@@ -93,10 +94,9 @@ Term frozen(const uint16_t* x, int t, int rows, const uint16_t* panels, int n, i
     return term;
 }
 
-const Part* part_of(const Call& c, int n) {
-    for (const Part* part = c.part; part < c.part + c.parts; part++)
-        if (n >= part->low && n < part->high) return part;
-    return nullptr;
+// Makes the ranks from `first` on of 32 rows zeros.
+void none(const Call& c, const Part& part, int first, uint16_t* to) {
+    for (int t = 0; t < BLOCK; t++) _mm512_storeu_si512(to + place(t, part.first + first, c.ranks), _mm512_setzero_si512());
 }
 
 // The adapters' products with x, which are kept too, in pieces.
@@ -108,11 +108,12 @@ const uint16_t* ranks_of(const Call& c, int from, int rows, const Panels& p, con
     for (const Part* part = c.part; part < c.part + c.parts; part++)
         for (int first = 0; first < part->ranks; first += 32)
             for (int t = 0; t < rows; t += 32) {
+                if (!part->meets(from + t, std::min(32, rows - t))) { none(c, *part, first, low + (size_t)t * c.ranks); continue; }
                 const uint16_t* a = p.a.data() + (size_t)(part->first + first) * c.inputs;
                 const Term term = in_pieces(read + (size_t)t * c.inputs, c.inputs, a, (size_t)16 * c.inputs, c.inputs / 2);
                 if (part->ranks - first > 16) product<2>(&term, 1, rows - t, block, false);
                 else product<1>(&term, 1, rows - t, block, false);
-                put_ranks(c, *part, from + t, rows - t, first, block, low + (size_t)t * c.ranks);
+                put_ranks(c, *part, from + t, first, block, low + (size_t)t * c.ranks);
             }
     copy_ranks(c, from, rows, low, true, c.low);
     return low;
@@ -124,12 +125,16 @@ void forward_rows(const Call& c, int from, int rows, const Panels& p, const uint
     const uint16_t* low = c.parts ? ranks_of(c, from, rows, p, x) : nullptr;
     const bool past = (size_t)c.rows * c.outputs * 2 > LARGE;
     const int half = c.outputs / 2;
+    std::vector<Term> terms(1 + c.parts);
     auto times = [&](int n, int t, float* to) {
-        Term terms[2] = {frozen(x, t, rows, c.forward, n, c.inputs), {}};
-        const Part* part = part_of(c, n);
-        if (part)
-            terms[1] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, p.b.data() + (size_t)n * c.ranks, (size_t)16 * c.ranks, up32(part->ranks) / 2);
-        product<2>(terms, part ? 2 : 1, rows - t, to, false);
+        int count = 1;
+        terms[0] = frozen(x, t, rows, c.forward, n, c.inputs);
+        for (const Part* part = c.part; part < c.part + c.parts; part++)
+            if (n >= part->low && n < part->high && part->meets(from + t, std::min(32, rows - t))) {
+                const uint16_t* b = p.b.data() + (size_t)n * c.ranks + (size_t)part->first * 16;
+                terms[count++] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, b, (size_t)16 * c.ranks, up32(part->ranks) / 2);
+            }
+        product<2>(terms.data(), count, rows - t, to, false);
     };
     auto leave = [&](int n, int row, const float* found) {
         const size_t at = (size_t)row * c.outputs + n;
@@ -160,8 +165,8 @@ const uint16_t* turn(const uint16_t* x, int width, int rows, uint16_t* turned) {
         for (int j = 0; j < 32; j++) turned[j * wide + t] = x[place(t, 0, width) + j];
     return turned;
 }
-// Sums over rows of ranks times columns of x, which stands in pieces, from its column `low` on: added to blocks [columns / 32][32 ranks][32].
-void add_sums(const uint16_t* turned, int ranks, const uint16_t* x, int width, int low, int columns, int rows, float* sums, Scratch& s) {
+// Sums over rows of ranks times columns of x, which stands in pieces, from its column `low` on: in blocks, or added to them, [columns / 32][32 ranks][32].
+void add_sums(const uint16_t* turned, int ranks, const uint16_t* x, int width, int low, int columns, int rows, float* sums, bool add, Scratch& s) {
     const int wide = up32(rows);
     uint16_t* pairs = room(s.pairs, (size_t)CHUNK * 32);
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -173,7 +178,7 @@ void add_sums(const uint16_t* turned, int ranks, const uint16_t* x, int width, i
             _mm512_storeu_si512(pairs + wide * 16 + t * 16, _mm512_permutex2var_epi64(even, second, odd));
         }
         const Term term{turned, (size_t)wide, pairs, (size_t)wide * 16, wide / 2};
-        product<2>(&term, 1, ranks, sums + (size_t)n * 32, true);
+        product<2>(&term, 1, ranks, sums + (size_t)n * 32, add);
     }
 }
 
@@ -188,15 +193,22 @@ const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p
         for (int first = 0; first < part->ranks; first += 32) {
             const int rank = part->first + first, count = std::min(32, part->ranks - first), outputs = part->high - part->low;
             const uint16_t* b = p.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 16;
+            int begin = rows, end = 0;  // rows that use these ranks
             for (int t = 0; t < rows; t += 32) {
+                if (!part->meets(from + t, std::min(32, rows - t))) { none(c, *part, first, inner + (size_t)t * c.ranks); continue; }
+                begin = std::min(begin, t), end = std::min(t + 32, rows);
                 const Term term = in_pieces(g + (size_t)t * c.outputs + place(0, part->low, c.outputs), c.outputs, b, (size_t)16 * c.outputs, outputs / 2);
                 if (count > 16) product<2>(&term, 1, rows - t, block, false);
                 else product<1>(&term, 1, rows - t, block, false);
-                put_ranks(c, *part, from + t, rows - t, first, block, inner + (size_t)t * c.ranks);
+                put_ranks(c, *part, from + t, first, block, inner + (size_t)t * c.ranks);
             }
-            const size_t at = place(0, rank, c.ranks);
-            add_sums(turn(inner + at, c.ranks, rows, turned), count, read, c.inputs, 0, c.inputs, rows, sums.a.data() + (size_t)rank * c.inputs, s);
-            add_sums(turn(low + at, c.ranks, rows, turned), count, g, c.outputs, part->low, outputs, rows, sums.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 32, s);
+            if (begin >= end) continue;
+            const bool add = sums.begun[rank / 32];
+            sums.begun[rank / 32] = 1;
+            const size_t at = place(begin, rank, c.ranks), x = (size_t)begin * c.inputs, y = (size_t)begin * c.outputs;
+            const int many = end - begin;
+            add_sums(turn(inner + at, c.ranks, many, turned), count, read + x, c.inputs, 0, c.inputs, many, sums.a.data() + (size_t)rank * c.inputs, add, s);
+            add_sums(turn(low + at, c.ranks, many, turned), count, g + y, c.outputs, part->low, outputs, many, sums.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 32, add, s);
         }
     if (c.inner) copy_ranks(c, from, rows, inner, true, c.inner);
     for (int t = 0; c.dropped && t < rows; t++)
@@ -213,13 +225,19 @@ void backward_rows(const Call& c, int from, int rows, const Panels& p, const uin
     uint16_t* dx = room(s.dx, (size_t)CHUNK * c.inputs);
     const bool past = c.gated && (size_t)c.rows * c.inputs * 4 > LARGE, begun = c.parts && c.drops;
     const int wide = 2 * c.inputs;
+    std::vector<Term> terms(1 + c.parts);
     for (int k = 0; k < c.inputs; k += 32)
         for (int t = 0; t < rows; t += 32) {
             const int here = std::min(32, rows - t);
-            Term terms[2] = {frozen(g, t, rows, c.backward, k, c.outputs), {}};
-            if (c.parts) terms[1] = in_pieces(inner + (size_t)t * c.ranks, c.ranks, p.a.data() + (size_t)k * c.ranks, (size_t)16 * c.ranks, c.ranks / 2);
+            int count = 1;
+            terms[0] = frozen(g, t, rows, c.backward, k, c.outputs);
+            for (const Part* part = c.part; part < c.part + c.parts; part++)
+                if (part->meets(from + t, here)) {
+                    const uint16_t* a = p.a.data() + (size_t)k * c.ranks + (size_t)part->first * 16;
+                    terms[count++] = in_pieces(inner + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, a, (size_t)16 * c.ranks, up32(part->ranks) / 2);
+                }
             if (begun) {
-                product<2>(terms + 1, 1, here, block, false);
+                product<2>(terms.data() + 1, count - 1, here, block, false);
                 for (int i = 0; i < here; i++) {
                     const uint32_t mask = s.masks[((t + i) * c.inputs + k) / 32];
                     float* row = block + i * 32;
@@ -227,7 +245,7 @@ void backward_rows(const Call& c, int from, int rows, const Panels& p, const uin
                     _mm512_store_ps(row + 16, _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), row + 16));
                 }
             }
-            product<2>(terms, c.parts && !begun ? 2 : 1, here, block, begun);
+            product<2>(terms.data(), begun ? 1 : count, here, block, begun);
             for (int i = 0; i < here; i++) {
                 const size_t row = from + t + i;
                 const __m512 first = _mm512_load_ps(block + i * 32), second = _mm512_load_ps(block + i * 32 + 16);
@@ -357,9 +375,9 @@ extern "C" void crucible_linear_back(const Call* c) {
     static thread_local Panels panels;
     static thread_local std::vector<Sums> sums;
     const Panels& p = panels;
-    auto& mine = none_used(sums);
+    auto& mine = fresh(*c, sums);
     if (c->parts) pack_backward(*c, panels);
-    in_chunks(*c, [&](int from, int rows, int thread) { backward_rows(*c, from, rows, p, cut_gradient(*c, from, rows), begin(*c, mine, thread), nullptr); });
+    in_chunks(*c, [&](int from, int rows, int thread) { backward_rows(*c, from, rows, p, cut_gradient(*c, from, rows), of_thread(*c, mine, thread), nullptr); });
     gather(*c, mine);
 }
 extern "C" void crucible_scores(const Call* c, const int64_t* targets, float* scores) {
@@ -381,13 +399,13 @@ extern "C" void crucible_gated_back(const Call* up, const Call* down) {
     static thread_local Panels panels[2];
     static thread_local std::vector<Sums> sums[2];
     const Panels* p = panels;
-    auto &above = none_used(sums[0]), &below = none_used(sums[1]);
+    auto &above = fresh(*up, sums[0]), &below = fresh(*down, sums[1]);
     if (up->parts) pack_backward(*up, panels[0]);
     if (down->parts) pack_backward(*down, panels[1]);
     in_chunks(*up, [&](int from, int rows, int thread) {
         uint16_t* slopes = room(scratch().slopes, (size_t)CHUNK * up->outputs);
-        backward_rows(*down, from, rows, p[1], cut_gradient(*down, from, rows), begin(*down, below, thread), slopes);
-        backward_rows(*up, from, rows, p[0], slopes, begin(*up, above, thread), nullptr);
+        backward_rows(*down, from, rows, p[1], cut_gradient(*down, from, rows), of_thread(*down, below, thread), slopes);
+        backward_rows(*up, from, rows, p[0], slopes, of_thread(*up, above, thread), nullptr);
     });
     gather(*up, above), gather(*down, below);
 }

@@ -6,17 +6,6 @@
 typedef uint16_t Half;
 constexpr int SQUARE = BLOCK * BLOCK;
 
-template <class T> static inline T* room(Array<T>& array, size_t count) {
-    if (array.size() < count) array.clear(), array.resize(count);
-    return array.data();
-}
-
-template <int PANELS> static inline void multiply(const Term* terms, int count, int rows, float* c, bool add) {
-    asm volatile("" ::: "memory");  // gcc does not know that tiles are read from memory
-    product<PANELS>(terms, count, rows, c, add);
-    asm volatile("" ::: "memory");
-}
-
 // 32 numbers of a row; those of rows from `count` on are 0. Rows lie so far apart that no processor asks for the next ones by itself.
 static inline __m512i row_of(const Half* from, size_t stride, int row, int count) {
     __builtin_prefetch(from + (size_t)(row + 16) * stride);
@@ -90,8 +79,6 @@ static inline void turned(const Half* from, int size, Half* to) {
             for (int odd = 0; odd < 2; odd++) _mm512_storeu_si512(to + (k + 2 * i + odd) * BLOCK, every_second(a[i], b[i], odd));
     }
 }
-
-static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // Adds up squares [32 numbers][32 columns of tokens] and turns them to [32 tokens][32 numbers], the columns being those of `paired` rows.
 static inline void turned(const float* const* squares, int count, size_t offset, float* to) {

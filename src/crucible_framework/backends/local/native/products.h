@@ -167,6 +167,7 @@ static void by_tiles(const uint16_t* w0, const uint16_t* w1, const Rows& rows, i
     const int width = rows.width, stride = width * 2, steps = width / 32;
     const size_t block = (size_t)width / 2 * 16;
     alignas(64) float tile[4][256];
+    written();
     for (int b = from / 16; b * 16 < to; b += 2) {
         const uint32_t *x0 = &rows.pairs[b * block], *x1 = x0 + block;
         const bool both = (b + 1) * 16 < to;
@@ -199,6 +200,7 @@ static void by_bytes(const int8_t* w0, const int8_t* w1, const int32_t* s0, cons
     const int width = rows.width, steps = width / 64;
     const size_t block = (size_t)width / 4 * 16;
     alignas(64) int32_t tile[4][256];
+    written();
     for (int b = from / 16; b * 16 < to; b++) {
         const uint32_t *high = &rows.high_quads[b * block], *low = &rows.low_quads[b * block];
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);

@@ -97,6 +97,8 @@ static inline bool allow_tiles() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return allowed;
 }
+// gcc does not know that a tile is read from memory: what was stored must be there before.
+static inline void written() { asm volatile("" : : : "memory"); }
 static inline void open_tiles() {
     struct { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } config;
     for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
