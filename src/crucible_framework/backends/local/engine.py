@@ -110,7 +110,7 @@ def _gradients(work: _Work, values: dict[int, Tensor], upstream: Sequence[Tensor
         for name, gradient in zip(adapter, found, strict=True):
             if gradient is not None:
                 total[name] = gradient if name not in total else total[name].add_(gradient)
-    return {name: torch.zeros_like(tensor, requires_grad=False) if (one := total.get(name)) is None else one for name, tensor in adapter.items()}
+    return {name: torch.zeros_like(tensor, requires_grad=False) if (mine := total.get(name)) is None else mine for name, tensor in adapter.items()}
 
 
 def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: bool) -> tuple[StepOutput, dict[str, Tensor]]:
