@@ -129,7 +129,7 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
         active = replace(active, adapter={name: tensor.detach().requires_grad_() for name, tensor in active.adapter.items()})
     generator = active.generator
     before = generator.get_state() if generator is not None else None
-    again = sum(one.tokens for one in work.passes) > base.keeps
+    again = len(work.passes) > 1 and sum(one.tokens for one in work.passes) > base.keeps  # one long pass keeps what its second time would
     with base.slot.using(active):
         values = dict[int, Tensor]()
         with torch.set_grad_enabled(train and not again):
