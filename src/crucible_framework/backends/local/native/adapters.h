@@ -120,13 +120,16 @@ void gather(const Call& c, const std::vector<Sums>& sums) {
                 return sum;
             };
             for (int i = 0; i < some; i++)
-                for (int k = 0; k < c.inputs; k += 16)
-                    _mm512_storeu_ps(part->da + (size_t)(j + i) * c.inputs + k, total(&Sums::a, (size_t)rank * c.inputs + (size_t)(k / 32) * 1024 + (row + i) * 32 + k % 32));
+                for (int k = 0; k < c.inputs; k += 16) {
+                    const size_t at = (size_t)rank * c.inputs + (size_t)(k / 32) * 1024 + (row + i) * 32 + k % 32;
+                    _mm512_storeu_ps(part->da + (size_t)(j + i) * c.inputs + k, total(&Sums::a, at));
+                }
             for (int n = part->low; n < part->high; n += 16) {
                 __m512i r[16];
                 for (int i = 0; i < 16; i++) r[i] = (__m512i)total(&Sums::b, (size_t)rank * c.outputs + (size_t)(n / 32) * 1024 + (row + i) * 32 + n % 32);
                 transpose(r);
-                for (int i = 0; i < 16; i++) _mm512_mask_storeu_ps(part->db + (size_t)(n - part->low + i) * part->ranks + j, (__mmask16)((1 << some) - 1), (__m512)r[i]);
+                float* to = part->db + (size_t)(n - part->low) * part->ranks + j;
+                for (int i = 0; i < 16; i++) _mm512_mask_storeu_ps(to + (size_t)i * part->ranks, (__mmask16)((1 << some) - 1), (__m512)r[i]);
             }
         }
 }

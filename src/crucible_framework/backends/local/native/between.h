@@ -20,7 +20,8 @@ static inline __m512 exponential(__m512 x) {
     const __m512 n = _mm512_roundscale_ps(x * _mm512_set1_ps(1.44269504088896341f), 8);
     const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x));
     __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(next));
+    for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(next));
     return _mm512_scalef_ps(_mm512_fmadd_ps(p, r * r, r + _mm512_set1_ps(1.0f)), n);
 }
 static inline __m512 logistic(__m512 x) { return _mm512_rcp14_ps(_mm512_set1_ps(1.0f) + exponential(-x)); }  // to 2^-14: bf16 has 2^-9

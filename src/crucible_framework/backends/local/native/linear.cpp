@@ -19,6 +19,7 @@ template <class F> void in_chunks(const Call& c, const F& work) {
         open_blocks();
 #pragma omp for schedule(static)
         for (int i = 0; i < count; i++) work(i * size, std::min(size, c.rows - i * size), omp_get_thread_num());
+        _mm_sfence();  // what went past the caches is there for other threads
         close_blocks();
     }
 }
@@ -208,7 +209,8 @@ const uint16_t* adapters_back(const Call& c, int from, int rows, const Panels& p
             const size_t at = place(begin, rank, c.ranks), x = (size_t)begin * c.inputs, y = (size_t)begin * c.outputs;
             const int many = end - begin;
             add_sums(turn(inner + at, c.ranks, many, turned), count, read + x, c.inputs, 0, c.inputs, many, sums.a.data() + (size_t)rank * c.inputs, add, s);
-            add_sums(turn(low + at, c.ranks, many, turned), count, g + y, c.outputs, part->low, outputs, many, sums.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 32, add, s);
+            float* below = sums.b.data() + (size_t)rank * c.outputs + (size_t)part->low * 32;
+            add_sums(turn(low + at, c.ranks, many, turned), count, g + y, c.outputs, part->low, outputs, many, below, add, s);
         }
     if (c.inner) copy_ranks(c, from, rows, inner, true, c.inner);
     for (int t = 0; c.dropped && t < rows; t++)
@@ -234,7 +236,8 @@ void backward_rows(const Call& c, int from, int rows, const Panels& p, const uin
             for (const Part* part = c.part; part < c.part + c.parts; part++)
                 if (part->meets(from + t, here)) {
                     const uint16_t* a = p.a.data() + (size_t)k * c.ranks + (size_t)part->first * 16;
-                    terms[count++] = in_pieces(inner + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, a, (size_t)16 * c.ranks, up32(part->ranks) / 2);
+                    const uint16_t* at = inner + (size_t)t * c.ranks + place(0, part->first, c.ranks);
+                    terms[count++] = in_pieces(at, c.ranks, a, (size_t)16 * c.ranks, up32(part->ranks) / 2);
                 }
             if (begun) {
                 product<2>(terms.data() + 1, count - 1, here, block, false);
