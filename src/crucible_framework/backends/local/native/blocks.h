@@ -2,9 +2,10 @@
 // dot products nor AMX tiles are there, neither is this. A sum's order depends on its length only, never on who else is in the block.
 #pragma once
 #include "rows.h"
-#ifdef HAVE_BF16
 
 constexpr int BLOCK = 32;
+
+#ifdef HAVE_BF16
 
 // A product's right side is kept in panels of 16 outputs, [pairs of inputs][16 outputs][2]: what a tile reads, and a vector of dot products.
 // The left side is rows of bf16; 32 of them must be readable, whatever they hold.

@@ -6,11 +6,6 @@
 typedef uint16_t Half;
 constexpr int SQUARE = BLOCK * BLOCK;
 
-template <class T> static inline T* room(Array<T>& array, size_t count) {
-    if (array.size() < count) array.clear(), array.resize(count);
-    return array.data();
-}
-
 template <int PANELS> static inline void multiply(const Term* terms, int count, int rows, float* c, bool add) {
     asm volatile("" ::: "memory");  // gcc does not know that tiles are read from memory
     product<PANELS>(terms, count, rows, c, add);
