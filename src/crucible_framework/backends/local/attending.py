@@ -1,7 +1,7 @@
-"""Attention of packed heads in bf16 as one compiled call for each direction; native/attend.cpp has the kernels.
+"""Attention of packed heads as one compiled call for each direction; native/attend.cpp has the kernels.
 
-It covers processors with bf16 dot products, and keeps of a row of scores its log-sum only. attention.py says when it is used, and has
-another way for what this does not cover. This file does not know rotations, layers or models.
+It covers fp32, and bf16 where the processor has dot products of it, and keeps of a row of scores its log-sum only. attention.py says when
+it is used, and has another way for what this does not cover. This file does not know rotations, layers or models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .walks import Span, Walks
 __all__ = ["attend_packed", "attend_packed_back", "covers", "is_there"]
 
 _MULTIPLE = 32
-"""A head's size is a multiple of it: what one tile of bf16 inputs takes."""
+"""A head's size is a multiple of it: the kernels' blocks are as wide."""
+_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
 _SIZES = (_POINTER, _INT, _INT, _INT, _INT)
 
@@ -30,14 +31,15 @@ class _CSpan(ctypes.Structure):
     )  # fmt: skip
 
 
-def _function(name: str, folder: Path | None) -> ctypes._NamedFuncPointer | None:
-    """A function of the library, or None: without a compiler, or on a processor without bf16 dot products."""
-    found = None if folder is None else library("attend.cpp", folder)
-    if found is None or not hasattr(found, name):
+def _function(name: str, folder: Path | None, dtype: torch.dtype) -> ctypes._NamedFuncPointer | None:
+    """A function of the library, or None: without a compiler, or for bf16 on a processor without dot products of it."""
+    found = None if folder is None or dtype not in _KINDS else library("attend.cpp", folder)
+    full = f"crucible_{name}_{_KINDS.get(dtype)}"
+    if found is None or not hasattr(found, full):
         return None
-    function = getattr(found, name)
+    function = getattr(found, full)
     if function.argtypes is None:
-        function.argtypes, function.restype = (_POINTER,) * (5 if name.endswith("back") else 3) + _SIZES, None
+        function.argtypes, function.restype = (_POINTER,) * (5 if name == "attend_back" else 3) + _SIZES, None
     return function  # type: ignore[no-any-return]
 
 
@@ -49,7 +51,7 @@ def is_there(folder: Path | None, dtype: torch.dtype, size: int) -> bool:
         dtype: of the heads.
         size: of a head.
     """
-    return dtype == torch.bfloat16 and size % _MULTIPLE == 0 and _function("crucible_attend", folder) is not None
+    return size % _MULTIPLE == 0 and _function("attend", folder, dtype) is not None
 
 
 def covers(walks: Walks, x: Tensor, spans: Sequence[Span]) -> bool:
@@ -67,7 +69,7 @@ def _places(spans: Sequence[Span]) -> tuple[ctypes.Array[_CSpan], list[Tensor]]:
 
 def attend_packed(walks: Walks, x: Tensor, queries: int, spans: Sequence[Span], *, norms: bool) -> tuple[Tensor, Tensor | None]:
     """Attention of heads x [T, heads + 2 · key-value heads, D] that `covers` → [T, heads, D]; with `norms` what its backward pass needs, fp32 [T, heads]."""
-    function = _function("crucible_attend", walks.folder)
+    function = _function("attend", walks.folder, x.dtype)
     assert function is not None  # covers() said so
     o = walks.buffers.empty((x.shape[0], queries, x.shape[2]), x.dtype)
     kept = x.new_empty((x.shape[0], queries), dtype=torch.float32) if norms else None
@@ -78,7 +80,7 @@ def attend_packed(walks: Walks, x: Tensor, queries: int, spans: Sequence[Span], 
 
 def attend_packed_back(walks: Walks, g: Tensor, x: Tensor, spans: Sequence[Span], *, o: Tensor, norms: Tensor) -> Tensor:
     """The gradient of x from g, that of o, contiguous [T, heads, D]; o and norms are what `attend_packed` gave."""
-    function = _function("crucible_attend_back", walks.folder)
+    function = _function("attend_back", walks.folder, x.dtype)
     assert function is not None  # covers() said so
     dx, queries = walks.buffers.empty(tuple(x.shape), x.dtype), g.shape[1]
     places, _masks = _places(spans)

@@ -2,9 +2,10 @@
 // dot products nor AMX tiles are there, neither is this. A sum's order depends on its length only, never on who else is in the block.
 #pragma once
 #include "rows.h"
-#ifdef HAVE_BF16
 
 constexpr int BLOCK = 32;
+
+#ifdef HAVE_BF16
 
 // A product's right side is kept in panels of 16 outputs, [pairs of inputs][16 outputs][2]: what a tile reads, and a vector of dot products.
 // The left side is rows of bf16, of which 32 must be readable, whatever they hold: row after row, or, which is read faster, in pieces of
@@ -29,11 +30,6 @@ static inline bool tiles() {
 #else
     return false;
 #endif
-}
-// Room for so many numbers that hold anything.
-template <class T> static inline T* room(Array<T>& array, size_t count) {
-    if (array.size() < count) array.clear(), array.resize(count);
-    return array.data();
 }
 static inline __m512i halves(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 

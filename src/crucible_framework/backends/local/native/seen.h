@@ -1,7 +1,6 @@
 // Packed heads, spans of tokens, and which of them see which others, by blocks of 32 queries and 32 keys. It multiplies nothing.
 #pragma once
-#include "panels.h"
-#ifdef HAVE_BF16
+#include "blocks.h"
 
 constexpr float HIDDEN = -1e30f;  // a score that is not seen, finite so that differences are
 constexpr float FAINT = -1e20f;   // what a mask must exceed to be seen
@@ -14,13 +13,19 @@ struct Span {  // `count` runs of `length` tokens from `start` on, the first `sk
     int columns() const { return (length + BLOCK - 1) / BLOCK; }
 };
 
-struct Heads {  // x [tokens][queries + 2 keys][size]
-    const Half* x;
+template <class N> struct Heads {  // x [tokens][queries + 2 keys][size]
+    const N* x;
     int queries, keys, size;
     int groups() const { return queries / keys; }
     size_t stride() const { return (size_t)(queries + 2 * keys) * size; }
     size_t width() const { return (size_t)queries * size; }
     float scale() const { return 1.0f / std::sqrt((float)size); }
+};
+
+template <class N> struct Back {  // what the backward pass reads, and dx
+    const N *g, *o;
+    const float* lse;
+    N* dx;
 };
 
 enum Sight : uint8_t { NONE, SOME, WHOLE };
@@ -51,20 +56,17 @@ struct Seen {
     }
     // Hides scores, before they are scaled, that are not seen.
     void hide(int row, int column, float inverse, float* s) const {
-        const __m512 hidden = _mm512_set1_ps(HIDDEN);
         for (int r = 0; r < BLOCK; r++, s += BLOCK) {
             const int q = row * BLOCK + r, key = column * BLOCK;
             const int count = std::max(0, std::min(BLOCK, span->mask ? span->length - key : span->skip + q + 1 - key));
-            const uint32_t lanes = count >= 32 ? ~0u : (1u << count) - 1;
-            for (int half = 0; half < 2; half++) {
-                const __mmask16 here = (__mmask16)(lanes >> (16 * half));
-                __m512 v = _mm512_loadu_ps(s + 16 * half);
-                if (span->mask && q < span->kept()) {
-                    const __m512 added = _mm512_maskz_loadu_ps(here, span->mask + (size_t)q * span->length + key + 16 * half);
-                    v = _mm512_max_ps(hidden, v + added * inverse);  // a NaN stays one
+            if (span->mask && q < span->kept()) {
+                const float* added = span->mask + (size_t)q * span->length + key;
+                for (int i = 0; i < count; i++) {
+                    const float v = s[i] + added[i] * inverse;
+                    s[i] = v < HIDDEN ? HIDDEN : v;  // a NaN stays one
                 }
-                _mm512_storeu_ps(s + 16 * half, _mm512_mask_blend_ps(here, hidden, v));
             }
+            for (int i = count; i < BLOCK; i++) s[i] = HIDDEN;
         }
     }
 };
@@ -73,9 +75,8 @@ struct Seen {
 struct Unit {
     const Seen* seen;
     int run, head, low, high;
-    float* sums;  // gradients of keys and values that others add to, [blocks][2][size / 32][32 numbers][32 keys], or null
+    float* sums;  // gradients of keys and values that others add to, [blocks][2][size / 32][32][32], or null
     int64_t token() const { return seen->span->start + (int64_t)run * seen->span->length; }
     int blocks() const { return seen->end(high); }
     int64_t cost() const { return (int64_t)(high - low) * (2 * blocks() - (seen->span->mask ? 0 : high - low)); }
 };
-#endif

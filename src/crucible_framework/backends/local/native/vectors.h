@@ -150,6 +150,12 @@ template <class T> struct Aligned {
 };
 template <class T> using Array = std::vector<T, Aligned<T>>;
 
+// Room for so many numbers that hold anything.
+template <class T> static inline T* room(Array<T>& array, size_t count) {
+    if (array.size() < count) array.clear(), array.resize(count);
+    return array.data();
+}
+
 // ---------------------------------------------------------------------------------------------------------- threads
 // `run` gives a function to all threads. Inside it `meet` waits for all, and `next` hands out the pieces of a phase one by one, so that
 // a thread whose processor is taken away holds up nobody for more than a piece.
