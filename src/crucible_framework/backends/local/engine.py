@@ -144,11 +144,16 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
             with torch.enable_grad():
                 gradients = _gradients(work, values, applied.gradients, active, again=again)
     _refuse_not_finite(gradients, batch)
-    if base.decoder is not None:
-        base.decoder.walks.buffers.trim()
+    _trim(base)
     if work.logits:
         inputs = [target_logprobs(logits, work.targets(i)) for i, logits in enumerate(inputs)]
     return step_output(batch.data, applied, inputs), gradients
+
+
+def _trim(base: Base) -> None:
+    """Gives memory back that the pass before needed and this one did not."""
+    if base.decoder is not None:
+        base.decoder.walks.buffers.trim()
 
 
 def _refuse_not_finite(gradients: Mapping[str, Tensor], batch: Batch) -> None:
@@ -197,6 +202,7 @@ def evaluate_together(base: Base, asked: Sequence[Asked]) -> list[tuple[StepOutp
             found[place] = _tried(base, asked[place])
     if works:
         found |= _shared(base, {place: (works[place], asked[place]) for place in works})
+    _trim(base)
     return [found[place] for place in range(len(asked))]
 
 
@@ -268,4 +274,5 @@ def completion_logprobs(base: Base, active: Active | None, pairs: Sequence[tuple
             scores = torch.split(base.target_logprobs(hidden[torch.cat(rows)], targets), [len(part) for part in rows])
             for i, part in zip(one.members, scores, strict=True):
                 found[i] = tuple(part.tolist())
+    _trim(base)
     return found
