@@ -27,7 +27,7 @@ def span(tensor: Tensor) -> tuple[int, int]:
 @given(moves=st.lists(st.one_of(st.integers(1, 3 * MB), st.floats(0, 1, exclude_max=True)), max_size=60))
 def test_pieces_never_overlap_and_all_come_back(moves: list[int | float]) -> None:
     """A whole number takes so many bytes, a fraction gives the tensor at that place of those held back."""
-    given_out, held = Buffers(), list[tuple[Tensor, int]]()
+    given_out, held = Buffers(keep_s=0), list[tuple[Tensor, int]]()
     for number, move in enumerate(moves):
         if isinstance(move, int):
             held.append((given_out.empty((move,), torch.uint8).fill_(number), number))
@@ -37,7 +37,6 @@ def test_pieces_never_overlap_and_all_come_back(moves: list[int | float]) -> Non
         assert all(end <= start for (_, end), (start, _) in pairwise(ends))
         assert all(bool((tensor == mark).all()) for tensor, mark in held)
     held.clear()
-    given_out.trim()
     given_out.trim()
     assert given_out.held == 0
 
@@ -58,15 +57,22 @@ def test_memory_is_used_again_and_views_hold_it() -> None:
 
 
 def test_what_is_in_use_stays_and_large_pieces_have_room() -> None:
-    given_out = Buffers()
+    given_out = Buffers(keep_s=0)
     small, large = given_out.empty((MB,), torch.uint8), given_out.empty((100 * MB,), torch.uint8)
     assert given_out.held == 164 * MB
     del large
-    for _ in range(2):
-        given_out.trim()
+    given_out.trim()
     assert given_out.held == 64 * MB
     small.fill_(7)
     assert bool((small == 7).all())
+
+
+def test_what_may_be_needed_soon_is_kept() -> None:
+    given_out = Buffers(keep_s=1000)
+    del_me = given_out.empty((MB,), torch.uint8)
+    del del_me
+    given_out.trim()
+    assert given_out.held == 64 * MB
 
 
 def test_few_bytes_are_torchs_own() -> None:
@@ -76,7 +82,7 @@ def test_few_bytes_are_torchs_own() -> None:
 
 
 def test_threads_take_and_give_at_once() -> None:
-    given_out, wrong = Buffers(), list[int]()
+    given_out, wrong = Buffers(keep_s=0), list[int]()
 
     def work(mark: int) -> None:
         generator = torch.Generator().manual_seed(mark)
@@ -93,8 +99,7 @@ def test_threads_take_and_give_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
-    for _ in range(2):
-        given_out.trim()
+    given_out.trim()
     assert given_out.held == 0
 
 

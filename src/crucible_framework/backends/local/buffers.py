@@ -11,6 +11,7 @@ import bisect
 import math
 import mmap
 import threading
+import time
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class _Region:
 
     memory: NDArray[np.uint8]
     holes: list[tuple[int, int]] = field(init=False)
-    touched: bool = True
+    touched_s: float = field(default_factory=time.monotonic, init=False)
 
     def __post_init__(self) -> None:
         self.holes = [(0, self.memory.nbytes)]
@@ -50,7 +51,7 @@ class _Region:
         for place, (start, end) in enumerate(self.holes):
             if end - start >= size:
                 self.holes[place : place + 1] = [(start + size, end)] if end - start > size else []
-                self.touched = True
+                self.touched_s = time.monotonic()
                 return start
         return None
 
@@ -66,9 +67,14 @@ class _Region:
 
 
 class Buffers:
-    """Gives tensors on the processor; any thread may take them and let them go."""
+    """Gives tensors on the processor; any thread may take them and let them go.
 
-    def __init__(self) -> None:
+    Args:
+        keep_s: seconds for which memory that nothing uses is kept for what comes next.
+    """
+
+    def __init__(self, keep_s: float = 30.0) -> None:
+        self._keep_s = keep_s
         self._regions = list[_Region]()
         self._returned: deque[tuple[_Region, int, int]] = deque()
         self._watches: dict[int, weakref.ref[NDArray[np.uint8]]] = {}
@@ -92,12 +98,11 @@ class Buffers:
         return torch.from_numpy(piece).view(dtype).view(shape)
 
     def trim(self) -> None:
-        """Gives regions back to the system that nothing used since this was called last."""
+        """Gives regions back to the system that nothing has used for a while."""
         with self._lock:
             self._collect()
-            self._regions = [one for one in self._regions if one.touched or not one.free]
-            for one in self._regions:
-                one.touched = not one.free
+            old_s = time.monotonic() - self._keep_s
+            self._regions = [one for one in self._regions if not one.free or one.touched_s > old_s]
 
     @property
     def held(self) -> int:

@@ -151,7 +151,7 @@ def evaluate(base: Base, batch: Batch, loss: Loss, active: Active, *, train: boo
 
 
 def _trim(base: Base) -> None:
-    """Gives memory back that the pass before needed and this one did not."""
+    """Gives memory back that no pass has needed for a while."""
     if base.decoder is not None:
         base.decoder.walks.buffers.trim()
 
