@@ -163,7 +163,7 @@ static inline void put_tile(const float* tile, float* c, int count) {  // [16 ou
     transpose(r);
     for (int i = 0; i < count; i++) _mm512_storeu_si512(c + i * 32, r[i]);
 }
-static void by_tiles(const uint16_t* w0, const uint16_t* w1, const Rows& rows, int from, int to, float* c) {
+template <bool TWO> static void by_tiles(const uint16_t* w0, const uint16_t* w1, const Rows& rows, int from, int to, float* c) {
     const int width = rows.width, stride = width * 2, steps = width / 32;
     const size_t block = (size_t)width / 2 * 16;
     alignas(64) float tile[4][256];
@@ -172,27 +172,23 @@ static void by_tiles(const uint16_t* w0, const uint16_t* w1, const Rows& rows, i
         const uint32_t *x0 = &rows.pairs[b * block], *x1 = x0 + block;
         const bool both = (b + 1) * 16 < to;
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-        if (both) {
-            for (int s = 0; s < steps; s++) {
-                _tile_loadd(4, w0 + s * 32, stride);
-                _tile_loadd(6, x0 + s * 256, 64);
-                _tile_loadd(5, w1 + s * 32, stride);
-                _tile_loadd(7, x1 + s * 256, 64);
-                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6); _tile_dpbf16ps(2, 4, 7); _tile_dpbf16ps(3, 5, 7);
-            }
-        } else {
-            for (int s = 0; s < steps; s++) {
-                _tile_loadd(4, w0 + s * 32, stride);
-                _tile_loadd(6, x0 + s * 256, 64);
-                _tile_loadd(5, w1 + s * 32, stride);
-                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
-            }
+        for (int s = 0; s < steps; s++) {
+            _tile_loadd(4, w0 + s * 32, stride);
+            _tile_loadd(6, x0 + s * 256, 64);
+            if (TWO) _tile_loadd(5, w1 + s * 32, stride);
+            if (both) _tile_loadd(7, x1 + s * 256, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if (TWO) _tile_dpbf16ps(1, 5, 6);
+            if (both) _tile_dpbf16ps(2, 4, 7);
+            if (TWO && both) _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, tile[0], 64); _tile_stored(1, tile[1], 64);
-        if (both) { _tile_stored(2, tile[2], 64); _tile_stored(3, tile[3], 64); }
-        float* at = c + (size_t)b * 16 * 32;
-        put_tile(tile[0], at, std::min(16, to - b * 16)); put_tile(tile[1], at + 16, std::min(16, to - b * 16));
-        if (both) { put_tile(tile[2], at + 512, std::min(16, to - b * 16 - 16)); put_tile(tile[3], at + 528, std::min(16, to - b * 16 - 16)); }
+        _tile_stored(0, tile[0], 64); _tile_stored(1, tile[1], 64); _tile_stored(2, tile[2], 64); _tile_stored(3, tile[3], 64);
+        for (int half = 0; half < (both ? 2 : 1); half++) {
+            float* at = c + (size_t)(b + half) * 16 * 32;
+            const int count = std::min(16, to - (b + half) * 16);
+            put_tile(tile[2 * half], at, count);
+            if (TWO) put_tile(tile[2 * half + 1], at + 16, count);
+        }
     }
 }
 // The same with int8 weights: two products of whole numbers for the high and the low bytes of the activations.
@@ -242,13 +238,17 @@ template <class W> static void product(const Matrix& m, int first, int second, c
                     return;
                 }
             const uint16_t *w0 = (const uint16_t*)w[0], *w1 = (const uint16_t*)w[16];
+            if (sizeof(W) == 2 && first + 16 <= m.outputs && second >= m.outputs) {
+                by_tiles<false>(w0, nullptr, rows, from / 16 * 16, to, c);
+                return;
+            }
             if (sizeof(W) == 1 || std::max(first, second) + 16 > m.outputs) {
                 uint16_t* panel = scratch.panel.data();
                 for (int i = 0; i < 32; i++)
                     for (int k = 0; k < m.inputs; k += 32) _mm512_storeu_si512(panel + (size_t)i * m.inputs + k, (__m512i)halves(w[i] + k));
                 w0 = panel, w1 = panel + (size_t)16 * m.inputs;
             }
-            by_tiles(w0, w1, rows, from / 16 * 16, to, c);
+            by_tiles<true>(w0, w1, rows, from / 16 * 16, to, c);
             return;
         }
 #endif
