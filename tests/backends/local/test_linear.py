@@ -253,6 +253,16 @@ def test_scores_of_targets(linear: Linear, rows: int, vocabulary: int, seed: int
     close(frozen.back(up), up.double() @ weight.double())
 
 
+def test_no_rows_and_other_kinds_of_rows(linear: Linear) -> None:
+    frozen = kernels.Frozen(torch.randn(64, 32).to(BF16), pack=True, linear=linear)
+    none = torch.empty(0, 32, dtype=BF16)
+    assert frozen.times(none).shape == (0, 64)
+    assert frozen.back(torch.empty(0, 64, dtype=BF16)).shape == (0, 32)
+    assert kernels.target_scores(none, frozen, torch.empty(0, dtype=torch.int64), Walks(None)).shape == (0,)
+    with pytest.raises(RuntimeError):  # fp32 rows are not read as bf16
+        frozen.times(torch.randn(3, 32))
+
+
 def test_a_score_that_is_no_number_is_told(linear: Linear) -> None:
     frozen = kernels.Frozen(torch.randn(64, 32).to(BF16), pack=True, linear=linear)
     h = torch.randn(3, 32).to(BF16)

@@ -40,7 +40,7 @@ def _function(name: str, folder: Path | None, dtype: torch.dtype) -> ctypes._Nam
     function = getattr(found, full)
     if function.argtypes is None:
         function.argtypes, function.restype = (_POINTER,) * (5 if name == "attend_back" else 3) + _SIZES, None
-    return function  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]  # ctypes says nothing of its functions
 
 
 def is_there(folder: Path | None, dtype: torch.dtype, size: int) -> bool:

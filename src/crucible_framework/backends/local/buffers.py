@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -125,12 +126,10 @@ class Buffers:
 
 
 def _memory(size: int) -> NDArray[np.uint8]:
-    """New memory, in large pages where the system has them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.empty(size, np.uint8)
-    whole = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        whole.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without large pages
-        pass
+    """New memory that begins with a page, in large pages where the system has them."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}  # shared memory has no large pages
+    whole = mmap.mmap(-1, size, **private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel may know the word and have no large pages; small ones hold the same
+            whole.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(whole, np.uint8)

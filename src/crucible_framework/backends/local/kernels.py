@@ -70,7 +70,7 @@ class Frozen:
 
     def times(self, x: Tensor) -> Tensor:
         """[T, in] → [T, out], a new tensor."""
-        if self.linear is not None and (panels := self.panels) is not None:
+        if self.linear is not None and x.dtype == self.weight.dtype and (panels := self.panels) is not None:
             return self.linear.times(panels, x.contiguous(), self.bias)
         if not self._packed(x):
             return functional.linear(x, self.weight, self.bias)
@@ -80,7 +80,7 @@ class Frozen:
 
     def back(self, g: Tensor) -> Tensor:
         """The gradient [T, in] with respect to x, of that [T, out] with respect to the result."""
-        if self.linear is not None and (panels := self.panels) is not None:
+        if self.linear is not None and g.dtype == self.weight.dtype and (panels := self.panels) is not None:
             return self.linear.back(panels, g.contiguous())
         if not self._packed(g):
             return g @ self.weight
@@ -282,7 +282,7 @@ class _TargetScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, h: Tensor, frozen: Frozen, targets: Tensor, walks: Walks) -> Tensor:
         """See the class."""
-        if frozen.linear is not None and frozen.bias is None and (panels := frozen.panels) is not None:
+        if frozen.linear is not None and frozen.bias is None and h.dtype == frozen.weight.dtype and (panels := frozen.panels) is not None:
             result, near = frozen.linear.scores(panels, h.contiguous(), targets, slope=ctx.needs_input_grad[0])
             if near is not None:
                 ctx.save_for_backward(near)

@@ -44,7 +44,6 @@ const Drop* drop_of(const Call& c, int row) {
 struct Scratch {
     Array<uint16_t> x, gated, g, slopes, dropped, low, turned, inner, dx, pairs;  // all but `turned` and `pairs` in pieces
     Array<uint32_t> masks;
-    Array<float> da, db;
 };
 Scratch& scratch() {
     static thread_local Scratch mine;

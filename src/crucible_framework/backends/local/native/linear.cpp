@@ -3,12 +3,12 @@
 // torch code for the same numbers up to rounding. Where the processor has no bf16 products this file gives nothing.
 #include "adapters.h"
 #ifdef HAVE_BF16
-#include <omp.h>
 
 namespace {
 
 // --------------------------------------------------------------------------------------------------------------- chunks
 template <class F> void in_chunks(const Call& c, const F& work) {
+    if (c.rows == 0) return;
     const int threads = omp_get_max_threads();
     int count = (c.rows + CHUNK - 1) / CHUNK;
     count = (count + threads - 1) / threads * threads;
