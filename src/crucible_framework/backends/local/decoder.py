@@ -146,8 +146,7 @@ class Decoder:
         self._norm = cast("Tensor", model.get_submodule("model.norm").weight).detach()
         output = cast("LoraLinear", model.get_submodule(head))
         pack = pack and can_pack(output.weight)
-        linear = walks.linear if output.weight.dtype == torch.bfloat16 else None
-        self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack, linear=linear), head
+        self.head, self.head_name = Frozen(output.weight.detach(), None, pack=pack, linear=walks.linear), head
         self._layers = [self._layer(layer, pack=pack) for layer in model.get_submodule("model.layers").children()]
         self.recompute_above = RECOMPUTE_ABOVE
 

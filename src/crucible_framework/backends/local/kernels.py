@@ -70,20 +70,20 @@ class Frozen:
 
     def times(self, x: Tensor) -> Tensor:
         """[T, in] → [T, out], a new tensor."""
-        if self.linear is not None and x.dtype == self.weight.dtype and (panels := self.panels) is not None:
-            return self.linear.times(panels, x.contiguous(), self.bias)
         if not self._packed(x):
             return functional.linear(x, self.weight, self.bias)
+        if self.linear is not None and x.dtype == self.weight.dtype and (panels := self.panels) is not None:
+            return self.linear.times(panels, x.contiguous(), self.bias)
         if self._forward is None:
             self._forward = _reordered(self.weight)
         return _packed_linear(x, self._forward, self.bias)
 
     def back(self, g: Tensor) -> Tensor:
         """The gradient [T, in] with respect to x, of that [T, out] with respect to the result."""
-        if self.linear is not None and g.dtype == self.weight.dtype and (panels := self.panels) is not None:
-            return self.linear.back(panels, g.contiguous())
         if not self._packed(g):
             return g @ self.weight
+        if self.linear is not None and g.dtype == self.weight.dtype and (panels := self.panels) is not None:
+            return self.linear.back(panels, g.contiguous())
         if self._backward is None:
             self._backward = _reordered(self.weight.t().contiguous())
         return _packed_linear(g, self._backward, None)

@@ -1,7 +1,7 @@
 """A matrix step of a decoder as two compiled calls, forward and backward: norm or gate, frozen matrix, adapters with dropout, residual.
 
-bf16 on a processor with bf16 products (AVX-512 or AMX), sums in fp32; everything else is for kernels.py, whose torch code gives the same
-numbers up to rounding. The structures are those of native/linear.cpp. This file does not know autograd, models or adapters' names.
+fp32, and bf16 with sums in fp32 on a processor with bf16 products (AVX-512 or AMX); everything else is for kernels.py, whose torch code
+gives the same numbers up to rounding. The structures are those of native/linear.cpp. This file does not know autograd, models or adapters' names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "Linear", "Panels", "Step"]
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _BLOCK = 32
 """Widths, and where one adapter's outputs end and another's begin, are multiples of it."""
 
@@ -66,7 +67,7 @@ class Kept:
 
     Attributes:
         r: 1 / rms fp32 [T, 1] of the norm, if there is one.
-        low: the adapters' products with their factors, bf16 [T, ranks], each adapter's from a multiple of 32 on.
+        low: the adapters' products with their factors [T, ranks], each adapter's from a multiple of 32 on.
     """
 
     r: Tensor | None = None
@@ -97,43 +98,50 @@ class Linear:
 
     @classmethod
     def of(cls, folder: Path | None, buffers: Buffers) -> Linear | None:
-        """The calls, or None where this processor has no bf16 products or nothing was compiled.
+        """The calls, or None where nothing was compiled.
 
         Args:
             folder: where compiled code is kept, or None.
             buffers: memory for what the calls fill.
         """
         lib = None if folder is None else library("linear.cpp", folder)
-        return cls(lib, buffers) if lib is not None and hasattr(lib, "crucible_linear") else None
+        return None if lib is None else cls(lib, buffers)
+
+    def has(self, dtype: torch.dtype) -> bool:
+        """Whether there are calls for numbers of this kind."""
+        return dtype in _KINDS and hasattr(self._lib, f"crucible_linear_{_KINDS[dtype]}")
 
     def takes(self, weight: Tensor) -> bool:
         """Whether a matrix can be in panels."""
-        return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and all(size % _BLOCK == 0 for size in weight.shape)
+        return weight.device.type == "cpu" and self.has(weight.dtype) and all(size % _BLOCK == 0 for size in weight.shape)
+
+    def _run(self, name: str, dtype: torch.dtype, *arguments: object) -> None:
+        getattr(self._lib, f"crucible_{name}_{_KINDS[dtype]}")(*arguments)
 
     def panels(self, weight: Tensor) -> Panels:
         """The panels of a matrix [out, in]."""
         given = weight.detach().contiguous()
         forward, backward = (self._frozen.empty(tuple(given.shape), given.dtype) for _ in range(2))
-        self._lib.crucible_panels(*(_P(tensor.data_ptr()) for tensor in (given, forward, backward)), *given.shape)
+        self._run("panels", given.dtype, *(_P(tensor.data_ptr()) for tensor in (given, forward, backward)), *given.shape)
         return Panels(forward, backward, *given.shape)
 
     @staticmethod
     def covers(step: Matmul, h: Tensor) -> bool:
         """Whether a step over h [T, width] is for these calls, as far as its matrix is."""
         regular = all(part.low % _BLOCK == part.high % _BLOCK == 0 and not isinstance(part.scale, Tensor) for part in step.parts)
-        return h.dtype == torch.bfloat16 and h.is_contiguous() and h.shape[0] > 0 and regular
+        return h.dtype == step.frozen.weight.dtype and h.is_contiguous() and h.shape[0] > 0 and regular
 
     def forward(self, asked: Step, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """y [T, out] of h [T, in], or [T, 2 · in] where the step is gated; the residual is added to it."""
         call, y, _held = self._forward(asked, h, residual)
-        self._lib.crucible_linear(ctypes.byref(call))
+        self._run("linear", h.dtype, ctypes.byref(call))
         return y
 
     def gated(self, up: Step, down: Step, h: Tensor) -> tuple[Tensor, Tensor]:
         """A step over h and a gated one over its result, to which h is added: the results of both."""
         first, both, _held = self._forward(up, h, None)
         second, y, _kept = self._forward(down, both, h)
-        self._lib.crucible_gated(ctypes.byref(first), ctypes.byref(second))
+        self._run("gated", h.dtype, ctypes.byref(first), ctypes.byref(second))
         return both, y
 
     def backward(self, asked: Step, h: Tensor, g: Tensor, *, wanted: bool, extra: Tensor | None = None) -> tuple[Tensor | None, list[Tensor]]:
@@ -143,7 +151,7 @@ class Linear:
         """
         dh = self._buffers.empty(tuple(h.shape), h.dtype) if wanted else None
         back = self._backward(asked, h, g, dh=dh, extra=extra)
-        self._lib.crucible_linear_back(ctypes.byref(back.call))
+        self._run("linear_back", h.dtype, ctypes.byref(back.call))
         back.tell()
         return dh, back.found
 
@@ -155,7 +163,7 @@ class Linear:
             return dh, of_up, of_down
         dh = self._buffers.empty(tuple(h.shape), h.dtype)
         first, second = self._backward(up, h, None, dh=dh, extra=g), self._backward(down, both, g)
-        self._lib.crucible_gated_back(ctypes.byref(first.call), ctypes.byref(second.call))
+        self._run("gated_back", h.dtype, ctypes.byref(first.call), ctypes.byref(second.call))
         return dh, first.found, second.found
 
     def times(self, panels: Panels, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,7 +171,7 @@ class Linear:
         y = self._buffers.empty((x.shape[0], panels.outputs), x.dtype)
         call = _bare(panels, x)
         call.y, call.bias = y.data_ptr(), _address(bias)
-        self._lib.crucible_linear(ctypes.byref(call))
+        self._run("linear", x.dtype, ctypes.byref(call))
         return y
 
     def back(self, panels: Panels, g: Tensor) -> Tensor:
@@ -171,7 +179,7 @@ class Linear:
         dx = self._buffers.empty((g.shape[0], panels.inputs), g.dtype)
         call = _bare(panels, g)
         call.g, call.dh = g.data_ptr(), dx.data_ptr()
-        self._lib.crucible_linear_back(ctypes.byref(call))
+        self._run("linear_back", g.dtype, ctypes.byref(call))
         return dx
 
     def scores(self, panels: Panels, h: Tensor, targets: Tensor, *, slope: bool) -> tuple[Tensor, Tensor | None]:
@@ -179,7 +187,7 @@ class Linear:
         found, dh = h.new_empty(h.shape[0], dtype=torch.float32), torch.empty_like(h) if slope else None
         call, given = _bare(panels, h), targets.contiguous()
         call.dh = _address(dh)
-        self._lib.crucible_scores(ctypes.byref(call), _P(given.data_ptr()), _P(found.data_ptr()))
+        self._run("scores", h.dtype, ctypes.byref(call), _P(given.data_ptr()), _P(found.data_ptr()))
         return found, dh
 
     def _forward(self, asked: Step, h: Tensor, residual: Tensor | None) -> tuple[_Call, Tensor, object]:

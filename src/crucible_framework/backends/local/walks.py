@@ -138,7 +138,7 @@ class Walks:
 
     @cached_property
     def linear(self) -> Linear | None:
-        """Whole matrix steps in bf16, where this processor has them."""
+        """Whole matrix steps, where they were compiled."""
         return Linear.of(self.folder, self.buffers)
 
     @property

@@ -1,15 +1,75 @@
-// Products of blocks of 32 rows with 32 or 16 outputs in bf16 with fp32 sums: what training multiplies with. Where neither AVX-512's bf16
-// dot products nor AMX tiles are there, neither is this. A sum's order depends on its length only, never on who else is in the block.
+// Products of blocks of 32 rows with 32 or 16 outputs, with fp32 sums: what training multiplies with. In fp32 everywhere, in bf16 where
+// AVX-512's dot products or AMX tiles are there. A sum's order depends on its length only, never on who else is in the block.
 #pragma once
 #include "rows.h"
 
 constexpr int BLOCK = 32;
 
+// Rows stand in pieces [rows / 16][width / 32][16][32]: where a row's number k is.
+static inline size_t place(int row, int k, int width) { return (size_t)(row / 16) * 16 * width + (size_t)(k / 32) * 512 + row % 16 * 32; }
+
+// ----------------------------------------------------------------------------------------------------------------- fp32
+// A product's right side is kept in panels of 16 outputs, [inputs][16 outputs]; the left side is rows in pieces, of which 32 must be
+// readable, whatever they hold.
+struct FloatTerm {
+    const float *x, *w;
+    size_t lower, panel;           // numbers from row 0 to row 16, and from one panel to the next
+    int inputs;                    // a multiple of 16
+    const float* ahead = nullptr;  // what is read next: `lines` of the cache are fetched for every 32 inputs
+    int lines = 0;
+};
+static inline FloatTerm in_pieces(const float* x, int width, const float* w, size_t panel, int inputs) { return {x, w, (size_t)16 * width, panel, inputs}; }
+
+// Rows of a piece, and panels, whose sums the registers hold.
+#if defined(__AVX512F__)
+constexpr int FIRST = 8, REST = 8, BROAD = 2;
+#else
+constexpr int FIRST = 6, REST = 5, BROAD = 1;
+#endif
+constexpr int NEAR = 128;  // inputs whose rows and panels stay in the first cache
+
+template <int ROWS, int PANELS> static __attribute__((noinline)) void by_floats(const float* x, const float* w, size_t panel, int inputs, float* c, bool add) {
+    Vec acc[ROWS][PANELS];
+    clear(acc);
+    if (add) unrolled<ROWS>([&](auto r) INLINED { unrolled<PANELS>([&](auto p) INLINED { acc[r][p] = load(c + r * BLOCK + p * 16); }); });
+    for (; inputs > 0; inputs -= 32, x += 512)
+        for (const float *at = x, *end = x + std::min(inputs, 32); at < end; at++, w += 16) {  // a constant from row to row: indexed addresses take twice the time
+            Vec v[PANELS];
+            unrolled<PANELS>([&](auto p) INLINED { v[p] = load(w + p * panel); });
+            unrolled<ROWS>([&](auto r) INLINED { unrolled<PANELS>([&](auto p) INLINED { acc[r][p] += v[p] * at[r * 32]; }); });
+        }
+    unrolled<ROWS>([&](auto r) INLINED { unrolled<PANELS>([&](auto p) INLINED { store(c + r * BLOCK + p * 16, acc[r][p]); }); });
+}
+
+// c[32][32], of which the first 16 columns with one panel: the sum of the terms, added to what is there where `add` says so. Of rows from
+// `rows` on c may hold anything, and x too.
+template <int PANELS> static inline void product(const FloatTerm* terms, int count, int rows, float* c, bool add) {
+    constexpr int broad = PANELS < BROAD ? PANELS : BROAD;
+    const int pieces = rows > 16 ? 2 : 1, calls = PANELS / broad * pieces * (1 + (16 - FIRST) / REST);
+    for (const FloatTerm* t = terms; t < terms + count; t++) {
+        const float* ahead = t->ahead;
+        for (int from = 0; from < t->inputs; from += NEAR, add = true) {
+            const int inputs = std::min(NEAR, t->inputs - from), lines = (t->lines * inputs / 32 + calls - 1) / calls;
+            for (int p = 0; p < PANELS; p += broad)
+                for (int piece = 0; piece < pieces; piece++) {
+                    const float *x = t->x + (size_t)from * 16 + piece * t->lower, *w = t->w + p * t->panel + (size_t)from * 16;
+                    float* to = c + piece * 16 * BLOCK + p * 16;
+                    for (int r = 0; r < std::min(16, rows - piece * 16); r += r ? REST : FIRST) {
+                        for (int i = 0; i < lines; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
+                        if (r == 0) by_floats<FIRST, broad>(x, w, t->panel, inputs, to, add);
+                        else by_floats<REST, broad>(x + r * 32, w, t->panel, inputs, to + r * BLOCK, add);
+                    }
+                }
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------------- bf16
+
 #ifdef HAVE_BF16
 
 // A product's right side is kept in panels of 16 outputs, [pairs of inputs][16 outputs][2]: what a tile reads, and a vector of dot products.
-// The left side is rows of bf16, of which 32 must be readable, whatever they hold: row after row, or, which is read faster, in pieces of
-// 16 rows and 32 inputs (`in_pieces`).
+// The left side is rows of bf16, of which 32 must be readable, whatever they hold: row after row, or, which is read faster, in pieces.
 struct Term {
     const uint16_t* x;
     size_t stride;  // numbers from one row to the next
@@ -20,9 +80,9 @@ struct Term {
     const uint16_t* ahead = nullptr;  // what is read next: `lines` of the cache are fetched for every 16 pairs
     int lines = 0;
 };
-// A term of rows that stand in pieces [rows / 16][width / 32][16][32], from the first row and input of a piece on.
-static inline Term in_pieces(const uint16_t* x, int width, const uint16_t* w, size_t panel, int pairs) { return {x, 32, w, panel, pairs, 512, (size_t)16 * width}; }
-static inline size_t place(int row, int k, int width) { return (size_t)(row / 16) * 16 * width + (size_t)(k / 32) * 512 + row % 16 * 32; }
+static inline Term in_pieces(const uint16_t* x, int width, const uint16_t* w, size_t panel, int inputs) {
+    return {x, 32, w, panel, inputs / 2, 512, (size_t)16 * width};
+}
 
 static inline bool tiles() {
 #ifdef HAVE_AMX

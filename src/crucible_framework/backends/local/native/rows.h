@@ -92,6 +92,18 @@ static inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
 }
 #endif
 
+static inline void transpose(float (&square)[16][16]) {
+#if defined(__AVX512F__)
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(square[i]);
+    transpose(r);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(square[i], r[i]);
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < i; j++) std::swap(square[i][j], square[j][i]);
+#endif
+}
+
 #ifdef HAVE_AMX
 static inline bool allow_tiles() {
     static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

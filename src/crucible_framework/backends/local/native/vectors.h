@@ -138,6 +138,38 @@ static inline float sum(const Vec& v) { return sum(v.a + v.b); }
 static inline float highest(const Vec& v) { return highest(larger(v.a, v.b)); }
 #endif
 
+// Whether one of the numbers is larger than x.
+static inline bool exceeds(const Vec& v, float x) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
+#else
+    const ILane above = (v.a > x) | (v.b > x);
+    bool any = false;
+    for (int i = 0; i < 8; i++) any |= above[i] != 0;
+    return any;
+#endif
+}
+// The numbers whose bit is set, and 0 for the others, whatever they are.
+static inline Vec masked(const Vec& v, uint32_t bits) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)v);
+#else
+    const ILane bit = {1, 2, 4, 8, 16, 32, 64, 128};
+    const ILane low = ((ILane{} + (int32_t)bits) & bit) == bit, high = ((ILane{} + (int32_t)(bits >> 8)) & bit) == bit;
+    return {(Lane)((ILane)v.a & low), (Lane)((ILane)v.b & high)};
+#endif
+}
+// Stores past the caches, for what is too large for them: p begins a line.
+static inline void stream(float* p, const Vec& v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)v.a), _mm256_stream_ps(p + 8, (__m256)v.b);
+#else
+    store(p, v);
+#endif
+}
+
 // Memory that begins with a line of the cache: a register of 64 bytes that lies across two lines is read twice.
 template <class T> struct Aligned {
     typedef T value_type;
