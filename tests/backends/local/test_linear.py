@@ -1,10 +1,9 @@
-"""The compiled steps in bf16 against the same formulas in float64, and what they do not cover."""
+"""The compiled steps in fp32 and in bf16 against the same formulas in float64, and what they do not cover."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -17,17 +16,26 @@ from torch.nn import functional
 from crucible_framework.backends.local import kernels
 from crucible_framework.backends.local.buffers import Buffers
 from crucible_framework.backends.local.linear import Linear, Step
+from crucible_framework.backends.local.native import compiler
 from crucible_framework.backends.local.walks import STEPS, Drop, Walks
 
 BF16 = torch.bfloat16
 
 
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def kind(request: pytest.FixtureRequest) -> torch.dtype:
+    return cast("torch.dtype", request.param)
+
+
 @pytest.fixture(scope="module")
-def linear(tmp_path_factory: pytest.TempPathFactory) -> Linear:
+def linear(tmp_path_factory: pytest.TempPathFactory, kind: torch.dtype) -> Linear:
     found = Linear.of(tmp_path_factory.mktemp("native"), Buffers())
     if found is None:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-        assert "avx512_bf16" not in flags
+        assert compiler() is None
+        pytest.skip("no compiler")
+    if not found.has(kind):
+        assert kind == BF16
+        assert not torch.cpu.get_capabilities().get("avx512_bf16")
         pytest.skip("no bf16 products")
     return found
 
@@ -73,30 +81,30 @@ class Given:
     g: Tensor
 
 
-def made(case: Case, linear: Linear) -> Given:
+def made(case: Case, linear: Linear, kind: torch.dtype) -> Given:
     generator = torch.Generator().manual_seed(case.seed)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, generator=generator) * scale
 
-    weight, bias = random(case.outputs, case.inputs, scale=case.inputs**-0.5).to(BF16), random(case.outputs).to(BF16)
+    weight, bias = random(case.outputs, case.inputs, scale=case.inputs**-0.5).to(kind), random(case.outputs).to(kind)
     frozen = kernels.Frozen(weight, bias if case.bias else None, pack=True, linear=linear)
     parts = [kernels.Part(32 * low, 32 * high, 0.7 + place, slice(begin, end)) for place, (low, high, _, begin, end) in enumerate(case.parts)]
     drops = [(slice(low, high), Drop(case.seed, low, STEPS // 3)) for low, high in case.drops]
-    norm = random(case.inputs).to(BF16) if case.before == "norm" else None
+    norm = random(case.inputs).to(kind) if case.before == "norm" else None
     step = kernels.Matmul(frozen, Walks(None), parts, drops, norm, 1e-5, case.before == "gate")
     pairs = list[Tensor]()
     for low, high, rank, _, _ in case.parts:
         pairs += random(rank, case.inputs, scale=case.inputs**-0.5), random(32 * (high - low), rank, scale=rank**-0.5)
     width = 2 * case.inputs if case.before == "gate" else case.inputs
-    residual = random(case.rows, case.outputs).to(BF16) if case.residual else None
-    return Given(step, random(case.rows, width).to(BF16), residual, pairs, random(case.rows, case.outputs).to(BF16))
+    residual = random(case.rows, case.outputs).to(kind) if case.residual else None
+    return Given(step, random(case.rows, width).to(kind), residual, pairs, random(case.rows, case.outputs).to(kind))
 
 
-def expected(asked: Given) -> tuple[Tensor, list[Tensor]]:
+def expected(asked: Given, kind: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """The result and the gradients of h and the pairs, in float64."""
     step, h = asked.step, asked.h.double().requires_grad_()
-    pairs = [pair.to(BF16).double().requires_grad_() for pair in asked.pairs]
+    pairs = [pair.to(kind).double().requires_grad_() for pair in asked.pairs]
     x = h
     if step.norm is not None:
         x = h * (h.square().mean(-1, keepdim=True) + step.eps).rsqrt() * step.norm.double()
@@ -117,40 +125,40 @@ def expected(asked: Given) -> tuple[Tensor, list[Tensor]]:
     return y.detach(), list(torch.autograd.grad(y, [h, *pairs], asked.g.double()))
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
-    """Within what a few roundings to bf16 give."""
+def close(ours: Tensor, theirs: Tensor, kind: torch.dtype) -> None:
+    """Within what a few roundings to the kind give."""
     assert ours.shape == theirs.shape
-    assert float((ours.double() - theirs).abs().max()) <= 0.02 * max(1.0, float(theirs.abs().max()))
+    assert float((ours.double() - theirs).abs().max()) <= (0.02 if kind == BF16 else 1e-5) * max(1.0, float(theirs.abs().max()))
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
-def test_a_step_and_its_gradients(linear: Linear, case: Case) -> None:
-    asked = made(case, linear)
+def test_a_step_and_its_gradients(linear: Linear, kind: torch.dtype, case: Case) -> None:
+    asked = made(case, linear, kind)
     step = asked.step
     assert step.compiled(asked.h) is linear
     whole = Step(step, asked.pairs)
     y = linear.forward(whole, asked.h, asked.residual)
-    right, gradients = expected(asked)
-    close(y, right)
+    right, gradients = expected(asked, kind)
+    close(y, right, kind)
     told = list[Tensor]()
     found = list[Tensor]()
     for note in (None, lambda left, right, factor: told.append(left.float().t() @ right.float() * factor)):
         step.note = cast("Any", note)
         dh, found = linear.backward(whole, asked.h, asked.g, wanted=True)
         for ours, theirs in zip([cast("Tensor", dh), *found], gradients, strict=True):
-            close(ours, theirs)
+            close(ours, theirs, kind)
     firsts = [torch.cat(gradients[1::2])] if asked.pairs else []
     for ours, theirs in zip(told, gradients[2::2] + firsts, strict=True):
-        close(ours, theirs)
+        close(ours, theirs, kind)
     step.note = None
     below, same = linear.backward(whole, asked.h, asked.g, wanted=False)
     assert below is None
     assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
 
 
-def test_threads_change_no_result(linear: Linear) -> None:
-    asked = made(Case(300, 96, 128, "norm", True, True, ((0, 1, 16, 0, 300), (1, 4, 8, 0, 300)), ((0, 200),), 1), linear)
+def test_threads_change_no_result(linear: Linear, kind: torch.dtype) -> None:
+    asked = made(Case(300, 96, 128, "norm", True, True, ((0, 1, 16, 0, 300), (1, 4, 8, 0, 300)), ((0, 200),), 1), linear, kind)
     step, threads = Step(asked.step, asked.pairs), torch.get_num_threads()
     results = list[Tensor]()
     try:
@@ -169,45 +177,47 @@ def test_threads_change_no_result(linear: Linear) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-def test_the_residual_s_gradient_joins_that_of_the_norm(linear: Linear) -> None:
-    asked = made(Case(70, 64, 64, "norm", False, False, ((0, 2, 4, 0, 70),), (), 2), linear)
-    step, more = Step(asked.step, asked.pairs), torch.randn(70, 64).to(BF16)
+def test_the_residual_s_gradient_joins_that_of_the_norm(linear: Linear, kind: torch.dtype) -> None:
+    asked = made(Case(70, 64, 64, "norm", False, False, ((0, 2, 4, 0, 70),), (), 2), linear, kind)
+    step, more = Step(asked.step, asked.pairs), torch.randn(70, 64).to(kind)
     linear.forward(step, asked.h)
     alone, _ = linear.backward(step, asked.h, asked.g, wanted=True)
     both, _ = linear.backward(step, asked.h, asked.g, wanted=True, extra=more)
     assert alone is not None
     assert both is not None
-    close(both, alone.double() + more.double())
+    close(both, alone.double() + more.double(), kind)
 
 
-def test_what_is_not_covered_goes_another_way(linear: Linear) -> None:
-    weight = torch.randn(64, 32).to(BF16)
+def test_what_is_not_covered_goes_another_way(linear: Linear, kind: torch.dtype) -> None:
+    weight = torch.randn(64, 32).to(kind)
     frozen = kernels.Frozen(weight, pack=True, linear=linear)
     step = kernels.Matmul(frozen, Walks(None), [kernels.Part(0, 16, 1.0), kernels.Part(16, 64, 1.0)])
-    assert step.compiled(torch.randn(3, 32).to(BF16)) is None
+    assert step.compiled(torch.randn(3, 32).to(kind)) is None
     even = kernels.Matmul(frozen, Walks(None))
-    assert even.compiled(torch.randn(3, 32)) is None
-    assert even.compiled(torch.randn(0, 32).to(BF16)) is None
-    assert even.compiled(torch.randn(3, 32).to(BF16)) is not None
-    for other in (weight.float(), weight[:48], weight[:, :24]):
+    assert even.compiled(torch.randn(3, 32).double()) is None
+    assert even.compiled(torch.randn(0, 32).to(kind)) is None
+    assert even.compiled(torch.randn(3, 32).to(kind)) is not None
+    for other in (weight.double(), weight[:48], weight[:, :24]):
         assert kernels.Frozen(other, pack=True, linear=linear).panels is None
     assert kernels.Frozen(weight, pack=False, linear=linear).panels is None
     assert Linear.of(None, Buffers()) is None
-    h, pairs = torch.randn(9, 32).to(BF16), [torch.randn(4, 32), torch.randn(16, 4), torch.randn(4, 32), torch.randn(48, 4)]
+    h, pairs = torch.randn(9, 32).to(kind), [torch.randn(4, 32), torch.randn(16, 4), torch.randn(4, 32), torch.randn(48, 4)]
     apply = cast("Any", kernels.LoraMatmul.apply)
     whole = replace(step, parts=[kernels.Part(0, 64, 1.0)])
     joined = [torch.cat([pairs[0], pairs[2]]), functional.pad(pairs[1], (0, 4, 0, 48)) + functional.pad(pairs[3], (4, 0, 16, 0))]
-    close(apply(h, None, step, *pairs), linear.forward(Step(whole, joined), h).double())
+    close(apply(h, None, step, *pairs), linear.forward(Step(whole, joined), h).double(), kind)
 
 
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 300), inner=st.integers(1, 5), rank=st.integers(1, 20), drops=st.booleans(), adapted=st.booleans())
-def test_a_gated_pair_of_steps_is_both_of_them(linear: Linear, rows: int, inner: int, rank: int, drops: bool, adapted: bool) -> None:
+def test_a_gated_pair_of_steps_is_both_of_them(linear: Linear, kind: torch.dtype, rows: int, inner: int, rank: int, drops: bool, adapted: bool) -> None:
     dropped = ((0, (rows + 1) // 2),) if drops else ()
     up = made(
-        Case(rows, 64, 64 * inner, "norm", False, True, ((0, inner, rank, 0, rows), (inner, 2 * inner, 3, 0, rows)) if adapted else (), dropped, 3), linear
+        Case(rows, 64, 64 * inner, "norm", False, True, ((0, inner, rank, 0, rows), (inner, 2 * inner, 3, 0, rows)) if adapted else (), dropped, 3),
+        linear,
+        kind,
     )
-    down = made(Case(rows, 32 * inner, 64, "gate", False, False, ((0, 2, rank, 0, rows),), dropped, 4), linear)
+    down = made(Case(rows, 32 * inner, 64, "gate", False, False, ((0, 2, rank, 0, rows),), dropped, 4), linear, kind)
     apart, joint = ((Step(up.step, up.pairs), Step(down.step, down.pairs)) for _ in range(2))
     both = linear.forward(apart[0], up.h)
     y = linear.forward(apart[1], both, up.h)
@@ -232,11 +242,11 @@ def test_a_gated_pair_of_steps_is_both_of_them(linear: Linear, rows: int, inner:
 
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 300), vocabulary=st.integers(1, 80), seed=st.integers(0, 9))
-def test_scores_of_targets(linear: Linear, rows: int, vocabulary: int, seed: int) -> None:
+def test_scores_of_targets(linear: Linear, kind: torch.dtype, rows: int, vocabulary: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(32 * vocabulary, 64, generator=generator).to(BF16)
+    weight = torch.randn(32 * vocabulary, 64, generator=generator).to(kind)
     frozen = kernels.Frozen(weight, pack=True, linear=linear)
-    h, targets = (torch.randn(rows, 64, generator=generator) * 0.5).to(BF16), torch.randint(0, 32 * vocabulary, (rows,), generator=generator)
+    h, targets = (torch.randn(rows, 64, generator=generator) * 0.5).to(kind), torch.randint(0, 32 * vocabulary, (rows,), generator=generator)
     exact = h.double().requires_grad_()
     theirs = (exact @ weight.double().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert frozen.panels is not None
@@ -244,28 +254,28 @@ def test_scores_of_targets(linear: Linear, rows: int, vocabulary: int, seed: int
     torch.testing.assert_close(ours.double(), theirs.detach(), rtol=1e-4, atol=1e-4)
     assert slope is not None
     (gradient,) = torch.autograd.grad(theirs.sum(), exact)
-    close(slope, gradient)
+    close(slope, gradient, kind)
     alone, none = linear.scores(frozen.panels, h, targets, slope=False)
     assert none is None
     assert torch.equal(alone, ours)
-    close(frozen.times(h), h.double() @ weight.double().t())
-    up = torch.randn(rows, 32 * vocabulary, generator=generator).to(BF16)
-    close(frozen.back(up), up.double() @ weight.double())
+    close(frozen.times(h), h.double() @ weight.double().t(), kind)
+    up = torch.randn(rows, 32 * vocabulary, generator=generator).to(kind)
+    close(frozen.back(up), up.double() @ weight.double(), kind)
 
 
-def test_no_rows_and_other_kinds_of_rows(linear: Linear) -> None:
-    frozen = kernels.Frozen(torch.randn(64, 32).to(BF16), pack=True, linear=linear)
-    none = torch.empty(0, 32, dtype=BF16)
+def test_no_rows_and_other_kinds_of_rows(linear: Linear, kind: torch.dtype) -> None:
+    frozen = kernels.Frozen(torch.randn(64, 32).to(kind), pack=True, linear=linear)
+    none = torch.empty(0, 32, dtype=kind)
     assert frozen.times(none).shape == (0, 64)
-    assert frozen.back(torch.empty(0, 64, dtype=BF16)).shape == (0, 32)
+    assert frozen.back(torch.empty(0, 64, dtype=kind)).shape == (0, 32)
     assert kernels.target_scores(none, frozen, torch.empty(0, dtype=torch.int64), Walks(None)).shape == (0,)
-    with pytest.raises(RuntimeError):  # fp32 rows are not read as bf16
-        frozen.times(torch.randn(3, 32))
+    with pytest.raises(RuntimeError):  # rows of another kind are not read as if they were of this
+        frozen.times(torch.randn(3, 32).double())
 
 
-def test_a_score_that_is_no_number_is_told(linear: Linear) -> None:
-    frozen = kernels.Frozen(torch.randn(64, 32).to(BF16), pack=True, linear=linear)
-    h = torch.randn(3, 32).to(BF16)
+def test_a_score_that_is_no_number_is_told(linear: Linear, kind: torch.dtype) -> None:
+    frozen = kernels.Frozen(torch.randn(64, 32).to(kind), pack=True, linear=linear)
+    h = torch.randn(3, 32).to(kind)
     h[1, 4] = float("nan")
     assert frozen.panels is not None
     scores, _ = linear.scores(frozen.panels, h, torch.tensor([0, 1, 2]), slope=False)

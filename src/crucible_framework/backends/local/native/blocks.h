@@ -44,6 +44,7 @@ template <int ROWS, int PANELS> static __attribute__((noinline)) void by_floats(
 // c[32][32], of which the first 16 columns with one panel: the sum of the terms, added to what is there where `add` says so. Of rows from
 // `rows` on c may hold anything, and x too.
 template <int PANELS> static inline void product(const FloatTerm* terms, int count, int rows, float* c, bool add) {
+    if (count == 0 && !add) memset(c, 0, BLOCK * BLOCK * sizeof(float));
     constexpr int broad = PANELS < BROAD ? PANELS : BROAD;
     const int pieces = rows > 16 ? 2 : 1, calls = PANELS / broad * pieces * (1 + (16 - FIRST) / REST);
     for (const FloatTerm* t = terms; t < terms + count; t++) {
