@@ -117,11 +117,11 @@ def main() -> None:
     if given.step:
         print(json.dumps(one_step(given.model, given.step)))
         return
-    fresh_process(given.model, 64)  # compiles and prepares weights where that was never done, which takes memory of its own
-    alone = {tokens: fresh_process(given.model, tokens) for tokens in (*LENGTHS, *([LONGEST] if given.longest else []))}
+    base = load(given.model)  # first, because it prepares weights where that was never done, which takes memory of its own
+    lengths = [length for length in (*LENGTHS, LONGEST) if length <= base.context and (given.longest or length < LONGEST)]
+    alone = {length: fresh_process(given.model, length) for length in lengths}
     rng = np.random.default_rng(0)
-    base = load(given.model)
-    training = medians({length: ours(base, sequence(base, length)) for length in LENGTHS}, given.rounds)
+    training = medians({length: ours(base, sequence(base, length)) for length in lengths if length < LONGEST}, given.rounds)
     backend = LocalBackend(threads=1)
     samplers = [adapter(backend, given.model, seed) for seed in range(max(ADAPTERS))]
     prompts = [tuple(rng.integers(0, base.vocab_size, 48).tolist()) for _ in range(32)]

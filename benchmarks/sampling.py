@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,17 +62,20 @@ def in_turns(runs: Mapping[str, Run], budget_s: float) -> tuple[dict[str, list[f
     return found, memory
 
 
-_BLOCK = torch.zeros(2**27)
+@cache
+def block() -> torch.Tensor:
+    """Half a gigabyte, made when it is first read: growth.py imports this file and measures memory."""
+    return torch.zeros(2**27)
 
 
 def read_rate() -> float:
-    """Bytes per second of reading half a gigabyte, the best of three."""
+    """Bytes per second of reading `block`, the best of three."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = 0.0
+    much, best = block(), 0.0
     for _ in range(3):
         start = clock()
-        _BLOCK.sum()
-        best = max(best, 4 * _BLOCK.numel() / (clock() - start))
+        much.sum()
+        best = max(best, 4 * much.numel() / (clock() - start))
     return best
 
 
