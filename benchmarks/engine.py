@@ -253,7 +253,7 @@ def main() -> None:
     given = options()
     torch.set_num_threads(given.threads)
     cache, cpu = places().cache, torch.device("cpu")
-    chosen = {name: kind for name, kind in CONTENDERS.items() if name in (given.only or CONTENDERS)}
+    chosen = {name: CONTENDERS[name] for name in given.only or CONTENDERS}
     bases = {name: (load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine=kind), dtype) for name, (kind, dtype) in chosen.items()}
     budget_s = 240.0 if given.full else 60.0
     rows = training(bases, None if given.alone else str(locate(given.model, cache, None)), budget_s=budget_s)
