@@ -17,6 +17,8 @@ DEV := $(VENV)/.installed-dev
 COOKBOOK := $(VENV)/cookbook/.installed
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check $(PIP_FLAGS)
 PYTEST = $(BIN)/python -m pytest -q
+# skyrl.py wants an environment of its own, and instructions.py measures nothing.
+BENCH := $(filter-out benchmarks/skyrl.py benchmarks/instructions.py,$(wildcard benchmarks/*.py))
 
 .PHONY: help install demo test test-slow check bench bench-engine bench-sampling bench-losses docs clean bench-inference conformance bench-events bench-stats
 .DEFAULT_GOAL := help
@@ -43,7 +45,7 @@ check: $(DEV) ## Run all checks: format, lint, types, import floors, tests with 
 	@VENV="$(VENV)" scripts/check $(ARGS)
 
 bench: $(DEV) ## Run the benchmarks
-	@for file in benchmarks/*.py; do printf '\n== %s\n' "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+	@for file in $(BENCH); do printf '\n== %s\n' "$$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
 bench-engine: $(DEV) ## Measure training beside PEFT and the machine's matmul, and keep the figures (8 minutes)
 	@$(BIN)/python benchmarks/engine.py --save engine $(ARGS)

@@ -1,12 +1,15 @@
 """The local engine beside the plain PEFT + transformers loop and beside what this machine's matmul allows.
 
-usage: python benchmarks/engine.py [--full] [--model NAME] [--threads N] [--save NAME]
+usage: python benchmarks/engine.py [--full] [--alone] [--only CONTENDER] [--without FEATURE] [--model NAME] [--threads N] [--save NAME]
 
 All contenders take turns in one process, so that a busy machine slows all alike; every figure is a median, every ratio the median over
 pairs of neighbours, against the best of the plain loops (fp32, bf16, autocast). "of the GEMM limit" is the time that the products LoRA needs
 would take at the contender's own dtype's rate, measured between the rounds. Each case stops after seven rounds, or after a minute (four with
---full) and the round it is in. With one thread CPU seconds are counted, not those of the wall. --save NAME writes
-benchmarks/results/NAME.json and NAME.md; nothing is written without it.
+--full) and the round it is in. With one thread CPU seconds are counted, not those of the wall.
+
+--alone measures the local engine's training steps only, and loads no peer. --only chooses among its contenders (bf16 is slow on a processor without
+instructions for it); small batches of several sessions are those of the first one chosen. --without switches instructions off, see instructions.py.
+--save NAME writes benchmarks/results/NAME.json and NAME.md; nothing is written without it.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import instructions  # before torch
 import numpy as np
 import torch
 
@@ -35,6 +39,9 @@ ADAM = AdamConfig(lr=1e-4)
 SCIFACT_LIKE = (32, 60, 95, 120, 150, 186, 230, 300)
 """Tokens of the eight sequences of a batch."""
 ROUNDS = 7
+BF16, FP32 = torch.bfloat16, torch.float32
+CONTENDERS: dict[str, tuple[Literal["fast", "torch"], torch.dtype]] = {"fast bf16": ("fast", BF16), "torch bf16": ("torch", BF16), "fast fp32": ("fast", FP32)}
+"""Ways through the local engine."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Step = Callable[[], object]
 
@@ -143,17 +150,18 @@ def in_turns(steps: Mapping[str, Step], budget_s: float, between: Callable[[], f
 
 
 def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limits: Mapping[str, Sequence[float]], peers: Sequence[str]) -> list[dict[str, Any]]:
-    """The table's lines of one case."""
-    peer = times[min(peers, key=lambda name: statistics.median(times[name]))]
+    """The table's lines of one case; without peers nothing says how many times faster one is."""
+    peer = times[min(peers, key=lambda name: statistics.median(times[name]))] if peers else None
     lines = []
     for name, mine in times.items():
-        speed = statistics.median(other / own for other, own in zip(peer, mine, strict=True))
+        speed = None if peer is None else statistics.median(other / own for other, own in zip(peer, mine, strict=True))
         share = statistics.median(least / own for least, own in zip(limits[name], mine, strict=True)) if name in limits else None
         lines.append(
             {
                 "case": case,
                 "contender": name,
                 "rounds": len(mine),
+                "seconds": {"median": statistics.median(mine), "least": min(mine), "most": max(mine)},
                 "tokens_per_s": tokens / statistics.median(mine),
                 "times_peer": speed,
                 "of_gemm_limit": share,
@@ -162,31 +170,32 @@ def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limit
     return lines
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
+def peft_loops(folder: str, batch: Batch) -> dict[str, tuple[Step, torch.dtype]]:
+    """The plain loops that the local engine is held against, and the dtype that each multiplies in."""
+    return {
+        "PEFT fp32": (peft_loop(folder, batch, FP32), FP32),
+        "PEFT bf16": (peft_loop(folder, batch, BF16), BF16),
+        "PEFT autocast": (peft_loop(folder, batch, FP32, autocast=True), BF16),
+    }
 
 
-def training(bases: Mapping[str, tuple[Base, torch.dtype]], folder: str, *, budget_s: float) -> list[dict[str, Any]]:
-    """Tokens are the batch's real ones: no padding, and a common start counts for every sequence that has it."""
+def training(bases: Mapping[str, tuple[Base, torch.dtype]], folder: str | None, *, budget_s: float) -> list[dict[str, Any]]:
+    """Tokens are the batch's real ones: no padding, and a common start counts for every sequence that has it. Without a folder there are no peers."""
     rows, some = [], next(iter(bases.values()))[0]
     for case, batch in batches(some.vocab_size).items():
-        peers = {
-            "PEFT fp32": peft_loop(folder, batch, FP32),
-            "PEFT bf16": peft_loop(folder, batch, BF16),
-            "PEFT autocast": peft_loop(folder, batch, FP32, autocast=True),
-        }
-        steps: dict[str, Step] = {**peers, **{f"crucible {name}": ours(base, batch) for name, (base, _) in bases.items()}}
-        exact, short = list[float](), list[float]()
+        peers = peft_loops(folder, batch) if folder else {}
+        runs = {**peers, **{f"crucible {name}": (ours(base, batch), dtype) for name, (base, dtype) in bases.items()}}
+        found: dict[torch.dtype, list[float]] = {dtype: [] for _, dtype in runs.values()}
 
-        def rates(exact: list[float] = exact, short: list[float] = short) -> float:
-            exact.append(gemm_rate(FP32))
-            short.append(gemm_rate(BF16))
+        def rates(found: dict[torch.dtype, list[float]] = found) -> float:
+            for dtype, so_far in found.items():
+                so_far.append(gemm_rate(dtype))
             return 0.0
 
-        times, _ = in_turns(steps, budget_s, rates)
+        times, _ = in_turns({name: step for name, (step, _) in runs.items()}, budget_s, rates)
         flops = needed(some, batch)
-        kinds = {"PEFT fp32": exact, "PEFT bf16": short, "PEFT autocast": short}
-        kinds |= {f"crucible {name}": exact if dtype == FP32 else short for name, (_, dtype) in bases.items()}
-        rows += lines_of(case, times, batch.tokens, {name: [flops / rate for rate in kind] for name, kind in kinds.items()}, list(peers))
+        limits = {name: [flops / rate for rate in found[dtype]] for name, (_, dtype) in runs.items()}
+        rows += lines_of(case, times, batch.tokens, limits, list(peers))
     return rows
 
 
@@ -212,39 +221,55 @@ def sessions(base: Base, *, budget_s: float) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| work | engine | rounds | tokens/s | × peer | of the GEMM limit |", "|---|---|---:|---:|---:|---:|"]
+    """Markdown; a column that nobody fills is left out."""
+    peers = any(found["times_peer"] is not None for found in rows)
+    lines = [
+        f"| work | engine | rounds | seconds (least to most) | tokens/s |{' × peer |' if peers else ''} of the GEMM limit |",
+        f"|---|---|---:|---:|---:|{'---:|' if peers else ''}---:|",
+    ]
     for found in rows:
         share = "" if found["of_gemm_limit"] is None else f"{found['of_gemm_limit']:.0%}"
-        lines.append(f"| {found['case']} | {found['contender']} | {found['rounds']} | {found['tokens_per_s']:.0f} | {found['times_peer']:.2f} | {share} |")
+        seconds = "{median:.3g} ({least:.3g} to {most:.3g})".format_map(found["seconds"])
+        speed = f" {found['times_peer']:.2f} |" if peers else ""
+        lines.append(f"| {found['case']} | {found['contender']} | {found['rounds']} | {seconds} | {found['tokens_per_s']:.0f} |{speed} {share} |")
     return "\n".join(lines)
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="more time per case")
+    parser.add_argument("--alone", action="store_true", help="the local engine's training steps without peers")
+    parser.add_argument("--only", metavar="CONTENDER", action="append", choices=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}; may be repeated")
+    instructions.add_option(parser)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--save", metavar="NAME")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="more time per case")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--save", metavar="NAME")
-    given = parser.parse_args()
+    given = options()
     torch.set_num_threads(given.threads)
     cache, cpu = places().cache, torch.device("cpu")
-    chosen: tuple[tuple[str, Literal["fast", "torch"], torch.dtype], ...]
-    chosen = (("fast bf16", "fast", BF16), ("torch bf16", "torch", BF16), ("fast fp32", "fast", FP32))
-    bases = {name: (load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine=kind), dtype) for name, kind, dtype in chosen}
-    fast = bases["fast bf16"][0]
-    folder = str(locate(given.model, cache, None))
+    chosen = {name: CONTENDERS[name] for name in given.only or CONTENDERS}
+    bases = {name: (load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine=kind), dtype) for name, (kind, dtype) in chosen.items()}
     budget_s = 240.0 if given.full else 60.0
-    rows = training(bases, folder, budget_s=budget_s) + sessions(fast, budget_s=budget_s / 4)
-    rates = ", ".join(f"{name} {gemm_rate(dtype) / 1e9:.0f}" for name, dtype in (("fp32", FP32), ("bf16", BF16)))
+    rows = training(bases, None if given.alone else str(locate(given.model, cache, None)), budget_s=budget_s)
+    if not given.alone:
+        rows += sessions(next(iter(bases.values()))[0], budget_s=budget_s / 4)
+    used = {name: dtype for name, dtype in (("fp32", FP32), ("bf16", BF16)) if not given.alone or dtype in {one for _, one in chosen.values()}}
+    rates = ", ".join(f"{name} {gemm_rate(dtype) / 1e9:.0f}" for name, dtype in used.items())
     about = f"{given.model}, LoRA rank {LORA.rank} on all linear layers, {given.threads} threads, torch {torch.__version__}"
+    about += f", without {' and '.join(given.without)}" if given.without else ""
     text = f"{about}; GFLOP/s at the end: {rates}\n\n{table(rows)}\n"
     print(text)
     if given.save:
         target = Path(__file__).parent / "results" / f"{given.save}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps({"torch": torch.__version__, "threads": given.threads, "rates": rates, "rows": rows}, indent=1), encoding="utf-8")
+        setting = {"torch": torch.__version__, "threads": given.threads, "without": given.without, "rates": rates}
+        target.write_text(json.dumps({**setting, "rows": rows}, indent=1), encoding="utf-8")
         target.with_suffix(".md").write_text(text, encoding="utf-8")
 
 

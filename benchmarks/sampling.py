@@ -1,13 +1,13 @@
 """Sampling by the local engine beside transformers' `generate`, beside llama.cpp, and beside what this machine's memory allows.
 
-usage: python benchmarks/sampling.py [--full] [--model NAME] [--threads N] [--only CASE] [--save NAME]
+usage: python benchmarks/sampling.py [--full] [--model NAME] [--threads N] [--only CASE] [--without FEATURE] [--save NAME]
 
 All contenders take turns in one process; every figure is a median over rounds, every ratio the median over pairs of neighbours. Five rounds,
 or one minute per case (four with --full) and the round it is in. `generate` runs in fp32 and, where the processor is fast at it, bf16; ratios
 are to the better one. "of the memory limit" is the rate at which the weights are read, by that at which two threads read memory, measured between
 the rounds. Rows of the batch want 16 to 128 new tokens; `generate` pads and draws until the longest is done. llama.cpp takes part where
-`xllamacpp` is installed, with the same weights as Q8_0. With one thread CPU seconds are counted, not those of the wall. --save NAME writes
-benchmarks/results/NAME.json.
+`xllamacpp` is installed, with the same weights as Q8_0. With one thread CPU seconds are counted, not those of the wall. --without switches
+instructions off, see instructions.py; llama.cpp keeps them. --save NAME writes benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import instructions  # before torch
 import numpy as np
 import torch
 
@@ -60,17 +62,20 @@ def in_turns(runs: Mapping[str, Run], budget_s: float) -> tuple[dict[str, list[f
     return found, memory
 
 
-_BLOCK = torch.zeros(2**27)
+@cache
+def block() -> torch.Tensor:
+    """Half a gigabyte, made when it is first read: growth.py imports this file and measures memory."""
+    return torch.zeros(2**27)
 
 
 def read_rate() -> float:
-    """Bytes per second of reading half a gigabyte, the best of three."""
+    """Bytes per second of reading `block`, the best of three."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    best = 0.0
+    much, best = block(), 0.0
     for _ in range(3):
         start = clock()
-        _BLOCK.sum()
-        best = max(best, 4 * _BLOCK.numel() / (clock() - start))
+        much.sum()
+        best = max(best, 4 * much.numel() / (clock() - start))
     return best
 
 
@@ -258,6 +263,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--only", choices=("decoding", "adapters", "prompts", "llama"))
+    instructions.add_option(parser)
     parser.add_argument("--save", metavar="NAME")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -278,7 +284,8 @@ def main() -> None:
         rows += prompts_and_scores(backends[usual], given.model, budget_s)
     if importlib.util.find_spec("xllamacpp") and given.only in (None, "llama"):
         rows += against_llama(backends, given.model, given.threads, budget_s)
-    print(f"{given.model}, {given.threads} threads, torch {torch.__version__}, memory {read_rate() / 1e9:.1f} GB/s at the end\n")
+    without = f", without {' and '.join(given.without)}" if given.without else ""
+    print(f"{given.model}, {given.threads} threads, torch {torch.__version__}{without}, memory {read_rate() / 1e9:.1f} GB/s at the end\n")
     print(table(rows))
     if given.save:
         target = Path(__file__).parent / "results" / f"{given.save}.json"

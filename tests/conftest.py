@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import runpy
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ from hypothesis import settings
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before numpy or torch load: xdist workers share the cores
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+if _without := os.environ.get("CRUCIBLE_TEST_WITHOUT"):  # amx or avx512: as if this processor had none, in compiled code and in torch
+    _instructions = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "instructions.py"))
+    _instructions["switch_off"](_instructions["features"](_without))
 
 settings.register_profile("local", deadline=None, max_examples=50)
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
