@@ -7,8 +7,9 @@ pairs of neighbours, against the best of the plain loops (fp32, bf16, autocast).
 would take at the contender's own dtype's rate, measured between the rounds. Each case stops after seven rounds, or after a minute (four with
 --full) and the round it is in. With one thread CPU seconds are counted, not those of the wall.
 
---alone measures the local engine's training steps only, and loads no peer. --only chooses among its contenders (bf16 is slow on a processor without
-instructions for it); small batches of several sessions are those of the first one chosen. --without switches instructions off, see instructions.py.
+--alone measures the local engine's training steps only, and loads no peer. --only chooses among its contenders; those in bf16, and such peers, take part
+only where the processor is fast at it. Small batches of several sessions are those of the first one chosen. --without switches instructions off, see
+instructions.py.
 --save NAME writes benchmarks/results/NAME.json and NAME.md; nothing is written without it.
 """
 
@@ -30,6 +31,7 @@ from crucible_framework.backends.local import engine
 from crucible_framework.backends.local.bases import Base, load_base, locate
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.optim import adamw, fresh, global_norm
+from crucible_framework.backends.local.sizes import fast_bf16
 from crucible_framework.config import places
 from crucible_framework.losses import resolve
 from crucible_framework.records import AdamConfig, Batch, Datum, LoraConfig
@@ -40,7 +42,8 @@ SCIFACT_LIKE = (32, 60, 95, 120, 150, 186, 230, 300)
 """Tokens of the eight sequences of a batch."""
 ROUNDS = 7
 BF16, FP32 = torch.bfloat16, torch.float32
-CONTENDERS: dict[str, tuple[Literal["fast", "torch"], torch.dtype]] = {"fast bf16": ("fast", BF16), "torch bf16": ("torch", BF16), "fast fp32": ("fast", FP32)}
+CONTENDERS: dict[str, tuple[Literal["fast", "torch"], torch.dtype]]
+CONTENDERS = {"fast bf16": ("fast", BF16), "torch bf16": ("torch", BF16), "fast fp32": ("fast", FP32), "torch fp32": ("torch", FP32)}
 """Ways through the local engine."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Step = Callable[[], object]
@@ -171,12 +174,12 @@ def lines_of(case: str, times: Mapping[str, Sequence[float]], tokens: int, limit
 
 
 def peft_loops(folder: str, batch: Batch) -> dict[str, tuple[Step, torch.dtype]]:
-    """The plain loops that the local engine is held against, and the dtype that each multiplies in."""
-    return {
-        "PEFT fp32": (peft_loop(folder, batch, FP32), FP32),
-        "PEFT bf16": (peft_loop(folder, batch, BF16), BF16),
-        "PEFT autocast": (peft_loop(folder, batch, FP32, autocast=True), BF16),
-    }
+    """The plain loops that the local engine is held against, and the dtype that each multiplies in: in bf16 where the processor is fast at it."""
+    loops = {"PEFT fp32": (peft_loop(folder, batch, FP32), FP32)}
+    if fast_bf16():
+        loops["PEFT bf16"] = peft_loop(folder, batch, BF16), BF16
+        loops["PEFT autocast"] = peft_loop(folder, batch, FP32, autocast=True), BF16
+    return loops
 
 
 def training(bases: Mapping[str, tuple[Base, torch.dtype]], folder: str | None, *, budget_s: float) -> list[dict[str, Any]]:
@@ -253,13 +256,14 @@ def main() -> None:
     given = options()
     torch.set_num_threads(given.threads)
     cache, cpu = places().cache, torch.device("cpu")
-    chosen = {name: CONTENDERS[name] for name in given.only or CONTENDERS}
+    usual = [name for name, (_, dtype) in CONTENDERS.items() if fast_bf16() or dtype == FP32]
+    chosen = {name: CONTENDERS[name] for name in given.only or usual}
     bases = {name: (load_base(given.model, cache=cache, dtype=dtype, device=cpu, engine=kind), dtype) for name, (kind, dtype) in chosen.items()}
     budget_s = 240.0 if given.full else 60.0
     rows = training(bases, None if given.alone else str(locate(given.model, cache, None)), budget_s=budget_s)
     if not given.alone:
         rows += sessions(next(iter(bases.values()))[0], budget_s=budget_s / 4)
-    used = {name: dtype for name, dtype in (("fp32", FP32), ("bf16", BF16)) if not given.alone or dtype in {one for _, one in chosen.values()}}
+    used = {name: dtype for name, dtype in (("fp32", FP32), ("bf16", BF16)) if dtype in {one for _, one in chosen.values()}}
     rates = ", ".join(f"{name} {gemm_rate(dtype) / 1e9:.0f}" for name, dtype in used.items())
     about = f"{given.model}, LoRA rank {LORA.rank} on all linear layers, {given.threads} threads, torch {torch.__version__}"
     about += f", without {' and '.join(given.without)}" if given.without else ""

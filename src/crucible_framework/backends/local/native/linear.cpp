@@ -1,47 +1,9 @@
 // A frozen matrix with low-rank adapters beside it, its norm, gate, dropout and residual: the forward and the backward pass of each as one
 // walk over chunks of rows that stay in the processor's own cache. fp32, or bf16 with fp32 sums where the processor has products of it.
 // Python's side is linear.py, whose callers have torch code for the same numbers up to rounding.
-#include "adapters.h"
+#include "head.h"
 
 namespace {
-
-// --------------------------------------------------------------------------------------------------------------- chunks
-template <class N> struct Blocks {  // what a thread needs while it multiplies
-    Blocks() {
-#ifdef HAVE_BF16
-        if (sizeof(N) == 2) open_blocks();
-#endif
-    }
-    ~Blocks() {
-#if defined(__AVX2__)
-        _mm_sfence();  // what went past the caches is there for other threads
-#endif
-#ifdef HAVE_BF16
-        if (sizeof(N) == 2) close_blocks();
-#endif
-    }
-};
-template <class N, class F> void in_chunks(const Call<N>& c, const F& work) {
-    if (c.rows == 0) return;
-    const int threads = omp_get_max_threads();
-    int count = (c.rows + CHUNK<N> - 1) / CHUNK<N>;
-    count = (count + threads - 1) / threads * threads;
-    const int size = up32((c.rows + count - 1) / count);
-    count = (c.rows + size - 1) / size;
-#pragma omp parallel if (count > 1)
-    {
-        Blocks<N> blocks;
-#pragma omp for schedule(static)
-        for (int i = 0; i < count; i++) work(i * size, std::min(size, c.rows - i * size), omp_get_thread_num());
-    }
-}
-
-// Rows [rows][width] in pieces, with zeros up to a multiple of 32 rows.
-template <class N> const N* cut(const N* from, int rows, int width, N* to) {
-    for (int t = 0; t < up32(rows); t++)
-        for (int k = 0; k < width; k += 32) set(to + place(t, k, width), t < rows ? raw(from + (size_t)t * width + k) : zeros<N>());
-    return to;
-}
 
 // What the matrix reads of some rows, and r where it is to be found.
 template <class N> const N* enter(const Call<N>& c, int from, int rows, bool again) {
@@ -94,26 +56,12 @@ template <class N> void copy_ranks(const Call<N>& c, int from, int rows, N* piec
         for (int j = 0; j < c.ranks; j += 32) set(ranks + (size_t)(from + t) * c.ranks + j, raw(pieces + place(t, j, c.ranks)));
 }
 
-template <class N> using TermOf = decltype(in_pieces((const N*)nullptr, 0, (const N*)nullptr, 0, 0));
-// A term of the rows from t on with the two panels from output n on, that fetches its share of the next two: the other rows fetch theirs.
-template <class N> TermOf<N> frozen(const N* x, int t, int rows, const N* panels, int n, int width) {
-    auto term = in_pieces(x + (size_t)t * width, width, panels + (size_t)n * width, (size_t)16 * width, width);
-    constexpr int line = 64 / sizeof(N);
-    const int blocks = up32(rows) / 32;
-    term.lines = 1024 / line / blocks;
-    term.ahead = term.w + (size_t)32 * width + (size_t)t / 32 * (width / 32) * term.lines * line;
-    return term;
-}
+// How many ranks are multiplied with the second matrix: of those that fill them up no more than a product needs.
+template <class N> int used(const Part& part) { return sizeof(N) == 4 ? (part.ranks + 15) / 16 * 16 : up32(part.ranks); }
 
 // Makes the ranks from `first` on of 32 rows zeros.
 template <class N> void none(const Call<N>& c, const Part& part, int first, N* to) {
     for (int t = 0; t < BLOCK; t++) set(to + place(t, part.first + first, c.ranks), zeros<N>());
-}
-
-// The product of 32 rows with up to 32 outputs.
-template <class N> void one_block(const TermOf<N>& term, int outputs, int rows, float* block, bool add = false) {
-    if (outputs > 16) product<2>(&term, 1, rows, block, add);
-    else product<1>(&term, 1, rows, block, add);
 }
 
 // The adapters' products with x, which are kept too, in pieces.
@@ -146,7 +94,7 @@ template <class N> void forward_rows(const Call<N>& c, int from, int rows, const
         for (const Part* part = c.part; part < c.part + c.parts; part++)
             if (n >= part->low && n < part->high && part->meets(from + t, std::min(32, rows - t))) {
                 const N* b = p.b.data() + (size_t)n * c.ranks + (size_t)part->first * 16;
-                terms[count++] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, b, (size_t)16 * c.ranks, sizeof(N) == 4 ? (part->ranks + 15) / 16 * 16 : up32(part->ranks));
+                terms[count++] = in_pieces(low + (size_t)t * c.ranks + place(0, part->first, c.ranks), c.ranks, b, (size_t)16 * c.ranks, used<N>(*part));
             }
         product<2>(terms.data(), count, rows - t, to, false);
     };
@@ -260,7 +208,7 @@ template <class N> void backward_rows(const Call<N>& c, int from, int rows, cons
                 if (part->meets(from + t, here)) {
                     const N* a = p.a.data() + (size_t)k * c.ranks + (size_t)part->first * 16;
                     const N* at = inner + (size_t)t * c.ranks + place(0, part->first, c.ranks);
-                    terms[count++] = in_pieces(at, c.ranks, a, (size_t)16 * c.ranks, sizeof(N) == 4 ? (part->ranks + 15) / 16 * 16 : up32(part->ranks));
+                    terms[count++] = in_pieces(at, c.ranks, a, (size_t)16 * c.ranks, used<N>(*part));
                 }
             if (begun) {
                 product<2>(terms.data() + 1, count - 1, here, block, false);
@@ -292,89 +240,6 @@ template <class N> void backward_rows(const Call<N>& c, int from, int rows, cons
 }
 template <class N> const N* cut_gradient(const Call<N>& c, int from, int rows) {
     return cut(c.g + (size_t)from * c.outputs, rows, c.outputs, room(scratch<N>().g, (size_t)CHUNK<N> * c.outputs));
-}
-
-// ------------------------------------------------------------------------------------------------------------------ head
-constexpr int VOCABULARY = 1024;  // outputs whose probabilities, for a chunk of rows, stay in a core's own cache
-
-// The sum of exp of a row's logits above the largest one so far.
-template <class N> struct ExpSum {
-    float top = -INFINITY;
-    Vec sum = all(0.0f);
-    // Takes 32 logits; gives exp of each above `top`.
-    Raw<N> add(Vec a, Vec b) {
-        const Vec most = larger(a, b);
-        if (exceeds(most, top)) {
-            const float higher = highest(most);
-            sum *= exponential<N>(all(top - higher)), top = higher;
-        }
-        a = exponential<N>(a - top), b = exponential<N>(b - top), sum += a + b;
-        return as<N>(a, b);
-    }
-    float log() const { return top + std::log(::sum(sum)); }
-};
-
-// log p of one target per row; with `dh` the gradient of each with respect to its h.
-template <class N> void score_rows(const Call<N>& c, const int64_t* targets, float* scores, int from, int rows) {
-    auto& s = scratch<N>();
-    static thread_local Array<N> kept_exps;
-    static thread_local Array<float> kept_tops, total;
-    alignas(64) float block[BLOCK * BLOCK];
-    const int blocks = (c.outputs / 32 + 15) / 16 * 16;
-    const N* x = cut(c.h + (size_t)from * c.inputs, rows, c.inputs, room(s.x, (size_t)CHUNK<N> * c.inputs));
-    N* exps = room(kept_exps, c.dh ? (size_t)CHUNK<N> * c.outputs : 0);
-    float* tops = room(kept_tops, (size_t)CHUNK<N> * blocks);  // that the exps of a row's 32 logits are above, then what they are multiplied with
-    ExpSum<N> sums[CHUNK<N>];
-    float mine[CHUNK<N>];
-    for (int n = 0; n < c.outputs; n += 32)
-        for (int t = 0; t < rows; t += 32) {
-            one_block<N>(frozen(x, t, rows, c.forward, n, c.inputs), 32, rows - t, block);
-            for (int i = t; i < std::min(t + 32, rows); i++) {
-                const float* found = block + (i - t) * 32;
-                const int64_t target = targets[from + i] - n;
-                if (target >= 0 && target < 32) mine[i] = found[target];
-                const auto above = sums[i].add(load(found), load(found + 16));
-                if (c.dh) set(exps + place(i, n, c.outputs), above);
-                tops[i * blocks + n / 32] = sums[i].top;
-            }
-        }
-    for (int i = 0; i < rows; i++) {
-        const float whole = sums[i].log();
-        scores[from + i] = mine[i] - whole;
-        for (int n = 0; c.dh && n < blocks; n += 16) {
-            float* to = tops + i * blocks + n;
-            store(to, -exponential<N>(load(to) - whole));
-        }
-    }
-    if (!c.dh) return;
-    float* dx = room(total, (size_t)CHUNK<N> * c.inputs);  // blocks [inputs / 32][rows / 32][32][32]
-    N* slope = room(s.g, (size_t)CHUNK<N> * VOCABULARY);
-    for (int low = 0; low < c.outputs; low += VOCABULARY) {
-        const int width = std::min(VOCABULARY, c.outputs - low);
-        for (int i = 0; i < up32(rows); i++) {
-            for (int n = 0; n < width; n += 32) {
-                auto v = zeros<N>();
-                if (i < rows) {
-                    const auto a = raw(exps + place(i, low + n, c.outputs));
-                    const float by = tops[i * blocks + (low + n) / 32];
-                    v = as<N>(lower(a) * by, upper(a) * by);
-                }
-                set(slope + place(i, n, width), v);
-            }
-            const int64_t target = i < rows ? targets[from + i] - low : -1;
-            if (target >= 0 && target < width) slope[place(i, (int)target / 32 * 32, width) + target % 32] = near<N>(-std::expm1(scores[from + i]));
-        }
-        for (int k = 0; k < c.inputs; k += 32)
-            for (int t = 0; t < rows; t += 32) {
-                const N* panel = c.backward + (size_t)k * c.outputs + (size_t)low * 16;
-                one_block<N>(in_pieces(slope + (size_t)t * width, width, panel, (size_t)16 * c.outputs, width), 32, rows - t, dx + (size_t)k * CHUNK<N> + (size_t)t * 32, low > 0);
-            }
-    }
-    for (int i = 0; i < rows; i++)
-        for (int k = 0; k < c.inputs; k += 32) {
-            const float* found = dx + (size_t)k * CHUNK<N> + (size_t)i * 32;
-            put(c.dh + (size_t)(from + i) * c.inputs + k, load(found), load(found + 16));
-        }
 }
 
 // A matrix [outputs][inputs] as panels of its outputs, and of its inputs; bf16 inputs stand in pairs.
