@@ -1,6 +1,6 @@
 // Products of few rows with a frozen matrix that stands row by row, [outputs][inputs], as torch keeps it: no second copy of the weights.
-// Sums are fp32. With bf16 and int8 weights the activations are rounded to bf16, whichever instructions multiply. But for columns a row's
-// products are summed in one order, however many rows there are.
+// Sums are fp32. With bf16 and int8 weights the activations are rounded to bf16, whichever instructions multiply; EXACT ones give what the
+// fp32 matrix would, to the bit. But for columns a row's products are summed in one order, however many rows there are.
 #pragma once
 #include "rows.h"
 
@@ -292,7 +292,7 @@ template <class W> static void product(const Matrix& m, int first, int second, c
 
 static void product(const Matrix& m, int first, int second, const Rows& rows, int from, int to, Scratch& scratch) {
     if (m.kind == FLOAT32) product<float>(m, first, second, rows, from, to, scratch);
-    else if (m.kind == BFLOAT16) product<uint16_t>(m, first, second, rows, from, to, scratch);
+    else if (m.kind == BFLOAT16 || m.kind == EXACT) product<uint16_t>(m, first, second, rows, from, to, scratch);
     else product<int8_t>(m, first, second, rows, from, to, scratch);
 }
 
@@ -301,7 +301,7 @@ static bool by_bytes_too(const Matrix& m, Way way) { return m.kind == INT8 && wa
 
 static Way way_of(int kind, int rows, int width) {
     const Way plain = LANES < 16 && rows > 4 ? COLUMNS : PLAIN;  // with 32 long registers nothing is gained by columns
-    if (kind == FLOAT32) return plain;
+    if (keeps_fp32(kind)) return plain;
 #ifdef HAVE_AMX
     if (width % 32 == 0 && allow_tiles()) return TILES;
 #endif

@@ -18,6 +18,8 @@ struct Matrix {
     int32_t outputs, inputs, kind;
 };
 
+static inline bool keeps_fp32(int kind) { return kind == FLOAT32 || kind == EXACT; }  // whether activations stay as they are
+
 enum Way { PLAIN, COLUMNS, DOTS, TILES };  // fp32 vectors, the same with 16 rows beside each other, AVX-512's bf16 dot products, AMX tiles
 
 // Rows of activations in the form that the way of multiplying reads.

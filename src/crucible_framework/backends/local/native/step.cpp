@@ -157,7 +157,7 @@ class Engine {
                     for (; d < width; d++) normed[d] = from[d] * r * norm[d];
                     from = normed.data();
                 }
-                rows_.put(row, from, matrix.kind != FLOAT32);
+                rows_.put(row, from, !keeps_fp32(matrix.kind));
             }
             if (rows_.blocks()) rows_.pack(p);
         }

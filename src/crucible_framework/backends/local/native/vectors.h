@@ -37,7 +37,8 @@ template <int O, int R, class V> INLINED static inline void clear(V (&acc)[O][R]
     unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { acc[o][r] = V{}; }); });
 }
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+// EXACT: bf16 numbers that stand for fp32 ones without a loss, and meet fp32 activations.
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, EXACT = 3 };
 
 static inline float number(float x) { return x; }
 static inline float number(int8_t x) { return x; }
