@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from crucible_framework.backends.local import prepared
 from crucible_framework.backends.local.bases import Base, load_base
 from crucible_framework.backends.local.prepared import prepared_weights
+from crucible_framework.backends.local.short import GROUP_BYTES, grouped, shortened
 from crucible_framework.backends.local.skeleton import known, shapes
 from crucible_framework.files import read_json
 
@@ -38,6 +39,25 @@ def round_to_bf16(folder: Path, leave: str = "") -> None:
     """Makes the model's numbers bf16 numbers, but for those of one tensor."""
     tensors = {name: tensor if name == leave else tensor.bfloat16().float() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantise(folder: Path) -> None:
+    """Gives the matrices the numbers of a quantised model: 16 steps above the lowest of each 32, both in 11 bits."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            groups = tensor.view(-1, 32)
+            low = groups.amin(1, keepdim=True).half().float()
+            step = ((groups.amax(1, keepdim=True) - low) / 15).half().float()
+            tensors[name] = (low + step * ((groups - low) / step).round().clamp(0, 15)).view(tensor.shape)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def numbers_of(groups: torch.Tensor) -> torch.Tensor:
+    """What bytes [out, in / 32 · 40] say."""
+    parts = groups.view(groups.shape[0], -1, GROUP_BYTES)
+    scale, low = (part.contiguous().view(torch.float32) for part in (parts[..., :4], parts[..., 4:8]))
+    return (low + scale * parts[..., 8:]).flatten(1)
 
 
 def matrices(base: Base) -> list[torch.Tensor]:
@@ -86,7 +106,7 @@ def test_another_state_of_the_model_takes_the_place_of_the_earlier_one(folder: P
     assert len(kept(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["weights.bin", "short.bin", "no short.bin", "manifest.json"])
+@pytest.mark.parametrize("damage", ["weights.bin", "bf16.bin", "no bf16.bin", "manifest.json"])
 def test_a_file_that_is_not_whole_is_made_again(folder: Path, tmp_path: Path, damage: str) -> None:
     round_to_bf16(folder)
     ids = torch.arange(3, 12)[None]
@@ -104,19 +124,22 @@ def test_a_file_that_is_not_whole_is_made_again(folder: Path, tmp_path: Path, da
     assert {path.name: path.stat().st_size for path in place.iterdir()} == sizes
 
 
-def test_matrices_of_bf16_numbers_have_a_short_form_beside_them(folder: Path, tmp_path: Path) -> None:
-    round_to_bf16(folder)
+@pytest.mark.parametrize("form", ["bf16", "grouped"])
+def test_matrices_have_a_short_form_beside_them_that_changes_no_number(folder: Path, tmp_path: Path, form: str) -> None:
+    if form == "bf16":
+        round_to_bf16(folder)
+    else:
+        quantise(folder)
     for _ in ("made", "mapped again"):
         base = load(folder, tmp_path)
         for matrix in matrices(base):
             short = None if base.short is None else base.short.of(matrix)
             assert short is not None
-            assert short.dtype == torch.bfloat16
-            assert torch.equal(short.float(), matrix)
+            assert torch.equal(short.float() if form == "bf16" else numbers_of(short), matrix)
         assert base.short is not None
         assert base.short.of(base.decoder.parts.norm) is None  # type: ignore[union-attr]
         assert base.short.of(torch.ones(4, 4)) is None
-        assert any(str(kept(tmp_path)[0] / "short.bin") in line for line in Path("/proc/self/maps").read_text().splitlines())
+        assert any(str(kept(tmp_path)[0] / f"{form}.bin") in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert load(folder, tmp_path, torch.bfloat16).short is None
 
 
@@ -125,6 +148,28 @@ def test_matrices_of_other_numbers_have_none(folder: Path, tmp_path: Path) -> No
     for _ in range(2):
         assert load(folder, tmp_path).short is None
     assert sorted(path.name for path in kept(tmp_path)[0].iterdir()) == ["manifest.json", "weights.bin"]
+
+
+def test_groups_say_every_number_or_there_are_none() -> None:
+    steps = torch.tensor([[0, 255, 6, *range(29)], [0, 9, *[3, 6] * 15]])
+    for scale, low in ((2.0**-20, -1.0), (0.5, 0.0), (3.0, -3.0e6), (2.0**-120, 0.0)):
+        matrix = (low + scale * steps).float()
+        found = grouped(matrix)
+        assert found is not None
+        assert torch.equal(numbers_of(found), matrix)
+    for odd in (torch.zeros(2, 32), torch.full((1, 64), 0.1)):
+        found = grouped(odd)
+        assert found is not None
+        assert torch.equal(numbers_of(found), odd)
+    rare = torch.zeros(1, 32)
+    rare[0, [3, 9]] = torch.tensor([1e-30, -3e38])
+    refused = [rare, torch.randn(4, 32), torch.ones(4, 33), torch.arange(0.0, 8192, 256)[None] + 1 / 3, torch.arange(32.0)[None] * 9]
+    for one in (*refused, torch.full((1, 32), float("nan")), torch.full((1, 32), float("inf"))):
+        found = grouped(one)
+        assert found is None or torch.equal(numbers_of(found), one)
+    assert grouped(torch.randn(4, 32)) is None
+    assert shortened(torch.full((1, 32), float("nan"))) is None
+    assert shortened(torch.full((1, 32), 1 + 2.0**-8)) is None
 
 
 def test_a_folder_of_an_earlier_layout_is_replaced(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ __all__ = ["NativeSteps"]
 _THREADS = 16
 """Threads of a step at the most: a small model's matrices come in some thirty pieces, and all threads meet a dozen times per layer."""
 _KINDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_EXACT: Final = 3
-"""The kind of fp32 matrices in their short form: unlike those of a bf16 model they meet fp32 activations."""
+_SHORT: Final = {torch.float32: 0, torch.bfloat16: 3, torch.uint8: 4}
+"""Kinds of fp32 matrices and of their short forms, which unlike the matrices of a bf16 model meet fp32 activations."""
 _P = ctypes.c_void_p
 _I = ctypes.c_int32
 
@@ -126,10 +126,10 @@ class NativeSteps:
             cache_kind=_KINDS[self._half],
             eps=parts.eps,
             embedding=self._keep(embedding),
-            embedding_kind=_KINDS[embedding.dtype],
+            embedding_kind=_SHORT[embedding.dtype] if self._kind == torch.float32 else _KINDS[self._kind],
             adapter_kind=_KINDS[self._half],
             norm=self._norm(parts.norm),
-            head=self._matrix(embedding if head.data_ptr() == parts.embedding.data_ptr() else head, None),
+            head=self._matrix(head, None, embedding if head.data_ptr() == parts.embedding.data_ptr() else None),
             layer=layers,
         )
         self._layers = layers
@@ -168,18 +168,19 @@ class NativeSteps:
     def _norm(self, weight: Tensor) -> int:
         return self._keep(weight.float().contiguous())
 
-    def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
+    def _matrix(self, weight: Tensor, bias: Tensor | None, short: Tensor | None = None) -> _Matrix:
         def padded(vector: Tensor) -> int:  # whole vectors are read at the end
             return self._keep(torch.nn.functional.pad(vector.float(), (0, 32)).contiguous())
 
         out, into = weight.shape
         scale = sums = None
-        weight = self._short(weight)
-        kind = _EXACT if weight.dtype == torch.bfloat16 != self._kind else _KINDS[weight.dtype]
         if self._int8:
             steps = weight.float().abs().amax(dim=1).clamp_(min=1e-12) / 127
             weight, scale = (weight.float() / steps[:, None]).round_().to(torch.int8), padded(steps)
-            sums, kind = self._keep(torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32), (0, 32))), _KINDS[torch.int8]
+            sums = self._keep(torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32), (0, 32)))
+        elif weight.dtype == torch.float32:
+            weight = self._short(weight) if short is None else short
+        kind = _KINDS[weight.dtype] if self._int8 or self._kind != torch.float32 else _SHORT[weight.dtype]
         return _Matrix(self._keep(weight), scale, None if bias is None else padded(bias), sums, out, into, kind)
 
     def _adapter(self, active: Active) -> int:

@@ -1,7 +1,7 @@
 """Weights as our own decoder reads them, in a file of the cache that is mapped: loaded at once, and one copy in memory for all processes.
 
 Matrices that read the same input stand one after the other in the dtype that computes, so that nothing is converted or joined when a model
-is loaded again. Where all numbers of fp32 matrices are bf16 numbers, a second file beside it holds them in half the bytes, for who only reads.
+is loaded again. Where fp32 matrices have a short form that changes no number, a second file beside it holds them in it, for who only reads.
 Files belong to one state of one model's folder; when that changes, others take their place. Deleting the folder `weights` of the cache costs
 the next load a second. This file does not know modules.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import StoreError
 from ...files import discard, publish, read_manifest, storage_errors
-from .short import Short, shortened
+from .short import GROUP, GROUP_BYTES, Short, grouped, shortened
 from .sizes import ITEM_BYTES
 from .skeleton import read_weights, shapes
 
@@ -29,9 +29,9 @@ __all__ = ["Prepared", "prepared_weights"]
 
 _LAYOUT = 2
 _FILE = "weights.bin"
-_SHORT = "short.bin"
-"""The matrices of `_FILE` in bf16, each at half its place; only where that says the same numbers."""
-_ALIGN = 64
+_SHORT = {"bf16.bin": (shortened, torch.bfloat16, 1, 2), "grouped.bin": (grouped, torch.uint8, GROUP, GROUP_BYTES)}
+"""Files of the matrices of `_FILE` in a short form, of which one is there at most: what makes it, its dtype, and that so many numbers take so many bytes."""
+_ALIGN = 4 * GROUP
 _MOST_BYTES = 2 << 30
 """Larger models are read from their own files: a second copy on the disk would be no small thing."""
 
@@ -77,10 +77,11 @@ def prepared_weights(folder: Path, config: SimpleNamespace, dtype: torch.dtype, 
             return Prepared(found)
     whole = torch.from_file(str(place / _FILE), shared=False, size=size, dtype=torch.uint8)
     tensors = {name: whole[ends[name] - math.prod(shape) * ITEM_BYTES[dtype] : ends[name]].view(dtype).view(shape) for name, shape in wanted.items()}
-    if not (place / _SHORT).is_file():
-        return Prepared(tensors)
-    numbers = torch.from_file(str(place / _SHORT), shared=False, size=(place / _SHORT).stat().st_size // 2, dtype=torch.bfloat16)
-    return Prepared(tensors, Short(numbers, whole.data_ptr()))
+    for name, (_, kind, _, _) in _SHORT.items():
+        if (path := place / name).is_file():
+            numbers = torch.from_file(str(path), shared=False, size=path.stat().st_size // kind.itemsize, dtype=kind)
+            return Prepared(tensors, Short(numbers, whole.data_ptr()))
+    return Prepared(tensors)
 
 
 def _ends(wanted: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, int]:
@@ -111,9 +112,10 @@ def _replace(place: Path, whose: str, found: Mapping[str, Tensor], ends: Mapping
     def write(target: Path) -> None:
         _write(target / _FILE, ((found[name].contiguous(), ends[name]) for name in order))
         matrices = [name for name in order if found[name].ndim == 2 and found[name].dtype == torch.float32]
-        short = ((shortened(found[name]), ends[name] // 2) for name in matrices)
-        if matrices and not _write(target / _SHORT, short):
-            (target / _SHORT).unlink()
+        for file, (make, _, each, many) in _SHORT.items() if matrices else ():
+            if _write(target / file, ((make(found[name]), ends[name] // 4 // each * many) for name in matrices)):
+                break
+            (target / file).unlink()
 
     for old in place.parent.glob(f"{whose}-*"):
         discard(old)
