@@ -193,6 +193,17 @@ def test_the_short_form_of_a_prepared_file_gives_the_same_bits(
         assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_a_step_that_asks_for_no_logits_leaves_keys_and_values(base: Base) -> None:
+    steps, tokens, active = native(base), sequences()[0], adapters(base)[1]
+    pages, table = steps.pages(256), list[int]()
+    for page in (pages.take(), pages.take()):
+        assert page is not None
+        table.append(page)
+    assert steps.logits([Chunk(tokens[:20], 0, table, active, False)], pages).shape[0] == 0
+    found = steps.logits([Chunk(tokens[20:23], 20, table, active, True)], pages)[0]
+    torch.testing.assert_close(found, played(steps, [[(0, 23)]], [tokens], [active])[0][0], rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_is_nearer_to_float32_than_torch_is(folders: dict[str, str], tmp_path: Path) -> None:
     """The same products of bf16 numbers with fp32 sums between them: the error is that of the weights and the inputs of products."""
     exact = played(TorchSteps(load_base(folders["llama"], cache=tmp_path, dtype=torch.float32, device=CPU)), SCRIPT, sequences(), [None] * 4)
