@@ -34,6 +34,7 @@ from crucible_framework.backends.local.bases import locate
 from crucible_framework.backends.local.export import export_checkpoint
 from crucible_framework.backends.local.lora import Active, init_adapter, layer_names, tensor_shapes
 from crucible_framework.backends.local.sampling import Frozen, LocalSampler
+from crucible_framework.backends.local.short import GROUP, GROUP_BYTES
 from crucible_framework.backends.local.sizes import fast_bf16
 from crucible_framework.config import places
 from crucible_framework.losses import resolve
@@ -141,9 +142,12 @@ def adapter(backend: LocalBackend, model: str, seed: int) -> LocalSampler:
     return backend.sampler_of(f"adapter {seed}", frozen)
 
 
-def weight_bytes(backend: LocalBackend, model: str, item: int) -> float:
-    """Bytes of the matrices that a token needs."""
-    return float(item * sum(out * into for out, into in backend._base(model).layers.values()))
+def weight_bytes(backend: LocalBackend, model: str, item: float) -> float:
+    """Bytes of the matrices that a token needs, of which fp32 ones may have a short form."""
+    base = backend._base(model)
+    if item == 4 and base.short is not None:
+        item = 2 if base.short.numbers.dtype == torch.bfloat16 else GROUP_BYTES / GROUP
+    return float(item * sum(out * into for out, into in base.layers.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from crucible_framework import events
-from crucible_framework.backends.local import LocalBackend, engine
+from crucible_framework.backends.local import LocalBackend, compiled, engine, prepared
 from crucible_framework.backends.local import native as compiling
 from crucible_framework.backends.local.bases import Base, load_base
 from crucible_framework.backends.local.compiled import NativeSteps
@@ -127,6 +129,79 @@ def test_rows_do_not_depend_on_who_shares_the_step(base: Base) -> None:
     together = played(steps, [[(which, 17) for which in range(3)]], given, actives)[0]
     for which in range(3):
         torch.testing.assert_close(together[which], played(steps, [[(which, 17)]], given, actives)[0][0], rtol=1e-5, atol=1e-5)
+
+
+def rounded(base: Base) -> Base:
+    """The model with bf16 numbers in its matrices."""
+    for matrix in matrices(base):
+        matrix.copy_(matrix.bfloat16().float())
+    return base
+
+
+def matrices(base: Base) -> list[Tensor]:
+    assert base.decoder is not None
+    parts = base.decoder.parts
+    joints = [joint for layer in parts.layers for joint in (layer.qkv, layer.out, layer.up, layer.down)]
+    return [parts.embedding, parts.head.weight, *(joint.frozen.weight for joint in joints)]
+
+
+def kinds(steps: NativeSteps) -> set[int]:
+    model = steps._model
+    return {matrix.kind for layer in steps._layers for matrix in (layer.qkv, layer.out, layer.up, layer.down)} | {model.head.kind}
+
+
+MANY = ((((0, 33), (1, 1), (2, 20), (3, 30))), *[[(which, 1) for which in range(many)] for many in (4, 3, 2, 1)], [(1, 60)])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_matrices_of_bf16_numbers_are_read_in_half_the_bytes_and_give_the_same_bits(base: Base, monkeypatch: pytest.MonkeyPatch, adapted: bool) -> None:
+    """Whether the model is large enough for short copies or not: with many rows, few, and one, and with adapters."""
+    base = rounded(base)
+    actives = adapters(base) if adapted else [None] * 4
+    plain = native(base)
+    monkeypatch.setattr(compiled, "SMALL", 1)
+    short = native(base)
+    assert (kinds(plain), kinds(short)) == ({0}, {3})
+    assert (plain._model.embedding_kind, short._model.embedding_kind) == (0, 3)
+    for one, other in zip(*(played(steps, MANY, sequences(), actives) for steps in (plain, short)), strict=True):
+        assert torch.equal(one, other)
+    matrices(base)[2][3, 5] += 2.0**-20
+    assert 0 in kinds(native(base))
+
+
+@pytest.mark.parametrize("form", ["bf16", "grouped"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_the_short_form_of_a_prepared_file_gives_the_same_bits(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, name: str
+) -> None:
+    """From 1 row to 35, with adapters, whichever way products go; qwen3 has matrices whose rows end within a group."""
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    given = load_file(folder / "model.safetensors")
+    few = {key: (tensor * 64).round() / 64 + 2.0**-10 for key, tensor in given.items()}  # 12 bits: no bf16 numbers, and few in each group
+    save_file(few if form == "grouped" else {key: tensor.bfloat16().float() for key, tensor in given.items()}, folder / "model.safetensors", {"format": "pt"})
+    with_file = load_base(str(folder), cache=tmp_path / "cache", dtype=torch.float32, device=CPU)
+    monkeypatch.setattr(prepared, "_MOST_BYTES", 1000)
+    without = load_base(str(folder), cache=tmp_path / "cache", dtype=torch.float32, device=CPU)
+    into = [matrix.shape[1] % 32 for matrix in matrices(with_file)]
+    assert kinds(native(without)) == {0}
+    assert kinds(native(with_file)) == ({3} if form == "bf16" else {0} if any(into) else {4})
+    many = [[(which, 2) for which in range(35)], *[[(which, 1) for which in range(count)] for count in (35, 12, 9, 8, 5, 4, 3, 2, 1)]]
+    given_tokens = [np.random.default_rng(which).integers(3, 250, 20).tolist() for which in range(35)]
+    actives = sorted((adapters(with_file) * 9)[:35], key=id)
+    for options in ({}, {"int8": True}):
+        found = [played(native(base, **options), many, given_tokens, actives) for base in (with_file, without)]
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_step_that_asks_for_no_logits_leaves_keys_and_values(base: Base) -> None:
+    steps, tokens, active = native(base), sequences()[0], adapters(base)[1]
+    pages, table = steps.pages(256), list[int]()
+    for page in (pages.take(), pages.take()):
+        assert page is not None
+        table.append(page)
+    assert steps.logits([Chunk(tokens[:20], 0, table, active, False)], pages).shape[0] == 0
+    found = steps.logits([Chunk(tokens[20:23], 20, table, active, True)], pages)[0]
+    torch.testing.assert_close(found, played(steps, [[(0, 23)]], [tokens], [active])[0][0], rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_is_nearer_to_float32_than_torch_is(folders: dict[str, str], tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ from .kernels import target_scores
 from .layout import TOKENS_PER_SLICE, Pass
 from .loading import TINY_CONTEXT, head_name, hidden_by_modules, probe, read_folder, tiny_model
 from .lora import Slot, install
+from .short import Short
 from .sizes import ITEM_BYTES, check_memory, fitting_dtype, room_to_pack, weights_in
-from .skeleton import FAMILIES
+from .skeleton import FAMILIES, Skeleton
 from .walks import Span, Walks
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Base:
     def layout(self) -> _Layout:
         """What `lay_out` may do for this base."""
         return {"share": self.takes_masks, "pack": self.decoder is not None, "limit": self.limit}
+
+    @property
+    def short(self) -> Short | None:
+        """fp32 matrices in bf16, where a file of the cache has them and no number changes."""
+        return self.model.short if isinstance(self.model, Skeleton) else None
 
     @property
     def takes_masks(self) -> bool:

@@ -1,8 +1,9 @@
 """One step of a Llama- or Qwen-like decoder by compiled code: token ids in, logits out, keys and values written into pages in place.
 
-It reads the weights where torch keeps them, or int8 copies of the matrices. Its numbers are those of the torch path up to rounding; sums
-are fp32, and with bf16 weights the inputs of products are rounded to bf16, however many tokens share a step. The structures are those of
-`native/step.cpp`. This file does not know when a sequence ends or who asked for it.
+It reads the weights where torch keeps them, or int8 copies of the matrices; of fp32 matrices the short form, where they have one, which
+gives the same numbers to the bit from half the memory. Its numbers are those of the torch path up to rounding; sums are fp32, and with bf16
+weights the inputs of products are rounded to bf16, however many tokens share a step. The structures are those of `native/step.cpp`. This
+file does not know when a sequence ends or who asked for it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .draws import draw
 from .kv import PAGE, Pages
 from .lora import Active
 from .native import library
+from .short import shortened
+from .sizes import SMALL, available_bytes
 from .steps import Chunk, by_adapter
 
 __all__ = ["NativeSteps"]
@@ -31,6 +34,8 @@ __all__ = ["NativeSteps"]
 _THREADS = 16
 """Threads of a step at the most: a small model's matrices come in some thirty pieces, and all threads meet a dozen times per layer."""
 _KINDS: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_SHORT: Final = {torch.float32: 0, torch.bfloat16: 3, torch.uint8: 4}
+"""Kinds of fp32 matrices and of their short forms, which unlike the matrices of a bf16 model meet fp32 activations."""
 _P = ctypes.c_void_p
 _I = ctypes.c_int32
 
@@ -74,6 +79,12 @@ class _Step(ctypes.Structure):
     )
 
 
+def _room_for_short(base: Base, kind: torch.dtype) -> bool:
+    """Whether short copies of fp32 matrices pay, and take at most a quarter of the free memory."""
+    numbers, have = sum(out * into for out, into in base.layers.values()), available_bytes()
+    return kind == torch.float32 and numbers >= SMALL and have is not None and 2 * numbers <= have / 4
+
+
 class NativeSteps:
     """The compiled step of one base; see `Steps`.
 
@@ -93,6 +104,7 @@ class NativeSteps:
         self._kind = parts.embedding.dtype
         self._int8 = int8
         self._half = torch.bfloat16 if int8 else self._kind  # of adapters and of the cache
+        self._shorten = not int8 and base.short is None and _room_for_short(base, self._kind)
         self._adapters: weakref.WeakKeyDictionary[Active, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
         self._names = [joint for layer in parts.layers for joint in (layer.qkv, layer.out, layer.up, layer.down)]
         layers = (_Layer * len(parts.layers))()
@@ -100,7 +112,8 @@ class NativeSteps:
             one.before, one.between = self._norm(layer.before), self._norm(layer.between)
             one.heads = None if layer.heads is None else self._norm(layer.heads)
             one.qkv, one.out, one.up, one.down = (self._matrix(j.frozen.weight, j.frozen.bias) for j in (layer.qkv, layer.out, layer.up, layer.down))
-        first = parts.layers[0]
+        first, embedding = parts.layers[0], self._short(parts.embedding)
+        head = parts.head.weight
         self._model = _Model(
             layers=len(layers),
             queries=parts.queries,
@@ -108,20 +121,20 @@ class NativeSteps:
             size=parts.size,
             width=first.qkv.frozen.weight.shape[1],
             inner=first.down.frozen.weight.shape[1],
-            vocabulary=parts.head.weight.shape[0],
+            vocabulary=head.shape[0],
             kind=_KINDS[torch.int8 if int8 else self._kind],
             cache_kind=_KINDS[self._half],
             eps=parts.eps,
-            embedding=self._keep(parts.embedding),
-            embedding_kind=_KINDS[self._kind],
+            embedding=self._keep(embedding),
+            embedding_kind=_SHORT[embedding.dtype] if self._kind == torch.float32 else _KINDS[self._kind],
             adapter_kind=_KINDS[self._half],
             norm=self._norm(parts.norm),
-            head=self._matrix(parts.head.weight, None),
+            head=self._matrix(head, None, embedding if head.data_ptr() == parts.embedding.data_ptr() else None),
             layer=layers,
         )
         self._layers = layers
         self._cos, self._sin = torch.empty(0), torch.empty(0)
-        self._logits = torch.empty((0, parts.head.weight.shape[0]))
+        self._logits = torch.empty((0, head.shape[0]))
         lib.crucible_open.restype = _P
         self._engine = _P(lib.crucible_open(ctypes.byref(self._model), min(threads, _THREADS)))
         weakref.finalize(self, lib.crucible_close, self._engine)
@@ -143,10 +156,19 @@ class NativeSteps:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
+    def _short(self, weight: Tensor) -> Tensor:
+        """The matrix in its short form where it has one: out of the cache's file, or made now, until one has none."""
+        if weight.dtype != torch.float32:
+            return weight
+        mapped = None if self._base.short is None else self._base.short.of(weight)
+        made = shortened(weight) if mapped is None and self._shorten else None
+        self._shorten = self._shorten and made is not None
+        return next(found for found in (mapped, made, weight) if found is not None)
+
     def _norm(self, weight: Tensor) -> int:
         return self._keep(weight.float().contiguous())
 
-    def _matrix(self, weight: Tensor, bias: Tensor | None) -> _Matrix:
+    def _matrix(self, weight: Tensor, bias: Tensor | None, short: Tensor | None = None) -> _Matrix:
         def padded(vector: Tensor) -> int:  # whole vectors are read at the end
             return self._keep(torch.nn.functional.pad(vector.float(), (0, 32)).contiguous())
 
@@ -156,7 +178,10 @@ class NativeSteps:
             steps = weight.float().abs().amax(dim=1).clamp_(min=1e-12) / 127
             weight, scale = (weight.float() / steps[:, None]).round_().to(torch.int8), padded(steps)
             sums = self._keep(torch.nn.functional.pad(weight.sum(dim=1, dtype=torch.int32), (0, 32)))
-        return _Matrix(self._keep(weight), scale, None if bias is None else padded(bias), sums, out, into, _KINDS[weight.dtype])
+        elif weight.dtype == torch.float32:
+            weight = self._short(weight) if short is None else short
+        kind = _KINDS[weight.dtype] if self._int8 or self._kind != torch.float32 else _SHORT[weight.dtype]
+        return _Matrix(self._keep(weight), scale, None if bias is None else padded(bias), sums, out, into, kind)
 
     def _adapter(self, active: Active) -> int:
         """The address of an adapter's pairs, made at its first use."""

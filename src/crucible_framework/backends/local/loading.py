@@ -108,7 +108,7 @@ def read_folder(folder: Path, name: str, dtype: torch.dtype, *, cache: Path | No
         state = None if plan is None or cache is None else prepared_weights(folder, plan, dtype, cache)
     except Exception as error:  # safetensors raises bare errors on broken tensors
         raise CorruptError(f"The weights in {str(folder)!r} cannot be read: {_line(error)} Download the model again.") from error
-    return _by_transformers(folder, name, dtype, config) if plan is None or state is None else skeleton(plan, state)
+    return _by_transformers(folder, name, dtype, config) if plan is None or state is None else skeleton(plan, state.tensors, state.short)
 
 
 def _verify(folder: Path, *, remember: bool) -> None:

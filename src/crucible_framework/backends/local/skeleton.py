@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ...records import Json
+from .short import Short
 
 __all__ = ["FAMILIES", "Skeleton", "known", "read_weights", "shapes", "skeleton"]
 
@@ -38,11 +39,11 @@ class _Rotary(nn.Module):
 
 
 class Skeleton(nn.Module):
-    """Weights under transformers' names; it has no `forward`."""
+    """Weights under transformers' names, and the short form of the matrices where there is one; it has no `forward`."""
 
-    def __init__(self, config: SimpleNamespace) -> None:
+    def __init__(self, config: SimpleNamespace, short: Short | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.short = config, short
 
     def get_output_embeddings(self) -> nn.Module:
         """The output layer."""
@@ -102,9 +103,9 @@ def shapes(config: SimpleNamespace) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def skeleton(config: SimpleNamespace, state: Mapping[str, Tensor]) -> nn.Module:
+def skeleton(config: SimpleNamespace, state: Mapping[str, Tensor], short: Short | None = None) -> nn.Module:
     """The modules of a configuration that is `known`, around tensors of `shapes` in their order; frozen."""
-    root = Skeleton(config)
+    root = Skeleton(config, short)
     for name, tensor in state.items():
         *path, leaf = name.split(".")
         module: nn.Module = root

@@ -1,6 +1,6 @@
 // Products of few rows with a frozen matrix that stands row by row, [outputs][inputs], as torch keeps it: no second copy of the weights.
-// Sums are fp32. With bf16 and int8 weights the activations are rounded to bf16, whichever instructions multiply. But for columns a row's
-// products are summed in one order, however many rows there are.
+// Sums are fp32. With bf16 and int8 weights the activations are rounded to bf16, whichever instructions multiply; EXACT ones give what the
+// fp32 matrix would, to the bit. But for columns a row's products are summed in one order, however many rows there are.
 #pragma once
 #include "rows.h"
 
@@ -31,9 +31,9 @@ template <class W, int O, int R> struct Ahead {
     int wait;
     const int period;
     Ahead(const W* const* w, int width, int block, int count)
-        : at((const char*)(w[0] + (size_t)16 * width)), wait(sizeof(W) == 2 || block == 0 ? block : width), period(sizeof(W) == 2 ? count : 1) {}
+        : at((const char*)(w[0] + (size_t)16 * width / EACH<W>)), wait(sizeof(W) == 2 || block == 0 ? block : width), period(sizeof(W) == 2 ? count : 1) {}
     void step(int numbers) {
-        if ((R > 1 || sizeof(W) < (LANES == 16 ? 2 : 4)) && wait-- == 0) {
+        if ((R > 1 || sizeof(W) < (LANES == 16 ? 2 : 4) || EACH<W> > 1) && wait-- == 0) {
             for (size_t i = 0; i < O * numbers * sizeof(W); i += 64) __builtin_prefetch(at + i);
             wait = period - 1;
         }
@@ -61,35 +61,59 @@ template <class W, int O, int R> static inline void dots(const W* const* w, cons
             for (int r = 0; r < R; r++) c[r * stride + o] += number(w[o][j]) * x[(size_t)r * width + j];
 }
 
+template <class W, int O, int R>
+static inline void dots(const Affine* const* w, const float* x, int width, float* c, int stride, int block, int count) {
+    Lane acc[O][R];
+    clear(acc);
+    Ahead<Affine, O, R> ahead(w, width, block, count);
+    for (int g = 0; g < width / 32; g++, x += 32) {
+        ahead.step(1);
+        unrolled<O>([&](auto o) INLINED {
+            const Affine& group = w[o][g];
+            unrolled<32 / LANES>([&](auto i) INLINED {
+                const Lane one = group.numbers(i * LANES);
+                unrolled<R>([&](auto r) INLINED { acc[o][r] += one * lane(x + (size_t)r * width + i * LANES); });
+            });
+        });
+    }
+    sums<O, R>(acc, c, stride);
+}
+
 #if !defined(__AVX512F__)
-// c[16 rows or 8 of them][O outputs]: each weight is multiplied with the rows that stand beside each other.
-template <int O, int V> static inline void outer(const float* const* w, const float* x, int width, float* c, int stride) {
+// tile[O outputs][16 rows or 8 of them]: each weight is multiplied with the rows that stand beside each other. `next` is asked for in steps.
+// Inlined it would have too few registers for all pointers, and lose a fifth.
+template <int O, int V>
+static __attribute__((noinline)) void outer(const float* const* w, const char* const* next, int step, const float* x, int width, float* tile) {
     Lane acc[O][V] = {};
-    for (int k = 0; k < width;) {
-        for (int o = 0; o < O; o++) __builtin_prefetch(w[o] + (size_t)32 * width + k);  // the piece after this one
+    for (int k = 0, at = 0; k < width; at += step) {
+        for (int o = 0; o < O; o++) __builtin_prefetch(next[o] + at);
         for (const int end = std::min(k + 16, width); k < end; k++, x += 16) {
             Lane v[V];
-            for (int i = 0; i < V; i++) v[i] = *(const Lane*)(x + i * LANES);
+            for (int i = 0; i < V; i++) v[i] = lane(x + i * LANES);
             for (int o = 0; o < O; o++)
                 for (int i = 0; i < V; i++) acc[o][i] += v[i] * w[o][k];
         }
     }
-    for (int i = 0; i < V; i++)
-        for (int r = 0; r < 8; r++)
-            for (int o = 0; o < O; o++) c[(i * 8 + r) * stride + o] = acc[o][i][r];
+    for (int o = 0; o < O; o++)
+        for (int i = 0; i < V; i++) store(tile + o * 16 + i * LANES, acc[o][i]);
 }
-static void by_columns(const float* const* w, const Rows& rows, int from, int to, float* c, int stride) {
+static void by_columns(const float* const* w, const char* const* next, int step, const Rows& rows, int from, int to, float* c, int stride) {
     const int width = rows.width;
+    alignas(64) float tile[256];
     for (int r = from / 8 * 8; r < to;) {
         const float* x = &rows.columns[(size_t)(r / 16) * 16 * width + r % 16];
-        float* at = c + (size_t)r * stride;
-        if (r % 16 == 0 && r + 8 < to) {
-            outer<6, 2>(w, x, width, at, stride), outer<5, 2>(w + 6, x, width, at + 6, stride), outer<5, 2>(w + 11, x, width, at + 11, stride);
-            r += 16;
+        const int many = r % 16 == 0 && r + 8 < to ? 16 : 8;
+        if (many == 16) {
+            outer<6, 2>(w, next, step, x, width, tile);
+            outer<5, 2>(w + 6, next + 6, step, x, width, tile + 96);
+            outer<5, 2>(w + 11, next + 11, step, x, width, tile + 176);
         } else {
-            outer<8, 1>(w, x, width, at, stride), outer<8, 1>(w + 8, x, width, at + 8, stride);
-            r += 8;
+            outer<8, 1>(w, next, step, x, width, tile);
+            outer<8, 1>(w + 8, next + 8, step, x, width, tile + 128);
         }
+        for (int i = 0; i < many; i += 8)
+            for (int o = 0; o < 16; o += 8) turned(tile + o * 16 + i, 16, c + (size_t)(r + i) * stride + o, stride);
+        r += many;
     }
 }
 #endif
@@ -127,15 +151,15 @@ static void some_rows(const W* const* w, const X* x, int width, float* c, int st
     for (int o = 0; o < 16; o += O) dots<W, O, R>(w + o, x, width, c + o, stride, block, count);
 }
 template <class W, class X> static void by_vectors(const W* const* w, const X* x, int width, int from, int to, float* c, int stride) {
-    constexpr int R = LANES == 16 ? 4 : 2;
+    constexpr int R = 4, O = LANES == 16 ? 4 : 2;  // 16 registers hold fewer outputs beside four rows
     const int blocks = (to - from + R - 1) / R;
     for (int b = 0; b < blocks; b++) {
         const int r = from + b * R, many = std::min(R, to - r);
         const X* row = x + (size_t)r * width;
         float* at = c + (size_t)r * stride;
-        if (R == 4 && many == 4) some_rows<4, R>(w, row, width, at, stride, b, blocks);
-        else if (R == 4 && many == 3) some_rows<4, 3>(w, row, width, at, stride, b, blocks);
-        else if (many == 2) some_rows<(R == 4 ? 8 : 4), 2>(w, row, width, at, stride, b, blocks);
+        if (many == 4) some_rows<O, 4>(w, row, width, at, stride, b, blocks);
+        else if (many == 3) some_rows<4, 3>(w, row, width, at, stride, b, blocks);
+        else if (many == 2) some_rows<(LANES == 16 ? 8 : 4), 2>(w, row, width, at, stride, b, blocks);
         else some_rows<8, 1>(w, row, width, at, stride, b, blocks);
     }
 }
@@ -228,7 +252,8 @@ template <class W> static void product(const Matrix& m, int first, int second, c
     const W* base = (const W*)m.weight;
     float* c = scratch.c.data();
     const W* w[32];
-    for (int i = 0; i < 32; i++) w[i] = base + (size_t)std::min(i < 16 ? first + i : second + i - 16, m.outputs - 1) * m.inputs;
+    const size_t row = m.inputs / EACH<W>;
+    for (int i = 0; i < 32; i++) w[i] = base + std::min(i < 16 ? first + i : second + i - 16, m.outputs - 1) * row;
 #ifdef HAVE_AMX
     if constexpr (sizeof(W) < 4)
         if (rows.way == TILES) {
@@ -255,17 +280,13 @@ template <class W> static void product(const Matrix& m, int first, int second, c
 #if !defined(__AVX512F__)
     if (rows.way == COLUMNS) {
         const float* wide[32];
+        const char* next[32];  // what is asked for meanwhile: the outputs 32 further
         for (int i = 0; i < 32; i++) {
-            if constexpr (sizeof(W) == 4) wide[i] = w[i];
-            else {
-                float* to_wide = &scratch.wide[(size_t)i * m.inputs];
-                for (int k = 0; k < m.inputs; k += 64 / sizeof(W)) __builtin_prefetch(w[i] + (size_t)32 * m.inputs + k);
-                for (int k = 0; k < m.inputs; k++) to_wide[k] = number(w[i][k]);
-                wide[i] = to_wide;
-            }
+            next[i] = (const char*)(w[i] + 32 * row);
+            if constexpr (std::is_same<W, float>::value) wide[i] = w[i];
+            else wide[i] = &scratch.wide[(size_t)i * m.inputs], widen(w[i], m.inputs, &scratch.wide[(size_t)i * m.inputs]);
         }
-        by_columns(wide, rows, from, to, c, 32);
-        if (second < m.outputs) by_columns(wide + 16, rows, from, to, c + 16, 32);
+        for (int n = 0; n < (second < m.outputs ? 32 : 16); n += 16) by_columns(wide + n, next + n, 16 * sizeof(W) / EACH<W>, rows, from, to, c + n, 32);
         return;
     }
 #endif
@@ -292,7 +313,8 @@ template <class W> static void product(const Matrix& m, int first, int second, c
 
 static void product(const Matrix& m, int first, int second, const Rows& rows, int from, int to, Scratch& scratch) {
     if (m.kind == FLOAT32) product<float>(m, first, second, rows, from, to, scratch);
-    else if (m.kind == BFLOAT16) product<uint16_t>(m, first, second, rows, from, to, scratch);
+    else if (m.kind == GROUPED) product<Affine>(m, first, second, rows, from, to, scratch);
+    else if (m.kind == BFLOAT16 || m.kind == EXACT) product<uint16_t>(m, first, second, rows, from, to, scratch);
     else product<int8_t>(m, first, second, rows, from, to, scratch);
 }
 
@@ -300,8 +322,8 @@ static void product(const Matrix& m, int first, int second, const Rows& rows, in
 static bool by_bytes_too(const Matrix& m, Way way) { return m.kind == INT8 && way == TILES && m.inputs % 64 == 0 && m.outputs % 32 == 0; }
 
 static Way way_of(int kind, int rows, int width) {
-    const Way plain = LANES < 16 && rows > 4 ? COLUMNS : PLAIN;  // with 32 long registers nothing is gained by columns
-    if (kind == FLOAT32) return plain;
+    const Way plain = LANES < 16 && rows > 8 ? COLUMNS : PLAIN;  // with 32 long registers nothing is gained by columns
+    if (keeps_fp32(kind)) return plain;
 #ifdef HAVE_AMX
     if (width % 32 == 0 && allow_tiles()) return TILES;
 #endif

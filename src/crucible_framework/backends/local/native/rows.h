@@ -10,13 +10,34 @@
 #define HAVE_BF16 1
 #endif
 
+// 32 neighbours of a row: lowest + scale * steps, where neither the product nor the sum is rounded.
+struct Affine {
+    float scale, lowest;
+    uint8_t steps[32];
+    Lane numbers(int at) const { return lane(steps + at) * scale + lowest; }
+};
+template <class W> constexpr int EACH = std::is_same<W, Affine>::value ? 32 : 1;  // numbers of an item
+
+// `count` numbers of a row as fp32.
+static inline void widen(const Affine* from, int count, float* to) {
+    for (int k = 0; k < count; k += 32, from++)
+        for (int i = 0; i < 32; i += LANES) store(to + k + i, from->numbers(i));
+}
+template <class W> static inline void widen(const W* from, int count, float* to) {
+    int k = 0;
+    for (; k + LANES <= count; k += LANES) store(to + k, lane(from + k));
+    for (; k < count; k++) to[k] = number(from[k]);
+}
+
 struct Matrix {
-    const void* weight;    // [outputs][inputs]
+    const void* weight;    // [outputs][inputs], or [outputs][inputs / 32] groups
     const float* scale;    // of int8 weights, per output
     const float* bias;     // per output, or null
     const int32_t* sums;   // of int8 weights, per output
     int32_t outputs, inputs, kind;
 };
+
+static inline bool keeps_fp32(int kind) { return kind == FLOAT32 || kind >= EXACT; }  // whether activations stay as they are
 
 enum Way { PLAIN, COLUMNS, DOTS, TILES };  // fp32 vectors, the same with 16 rows beside each other, AVX-512's bf16 dot products, AMX tiles
 
@@ -132,13 +153,37 @@ static inline void packed(const uint32_t* from, uint32_t* to, int block, int cou
 }
 #endif
 
+// 8 x 8 numbers, rows to columns.
+static inline void turned(const float* from, size_t from_row, float* to, size_t to_row) {
+#if defined(__AVX2__)
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + i * from_row);
+    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+#else
+    for (int i = 0; i < 8; i++)
+        for (int r = 0; r < 8; r++) to[r * to_row + i] = from[i * from_row + r];
+#endif
+}
+
 inline void Rows::pack(int block) {
     if (way == COLUMNS) {
-        const float* from = &plain[(size_t)block * 16 * width];
+        float* from = &plain[(size_t)block * 16 * width];
         float* to = &columns[(size_t)block * 16 * width];
         const int here = std::min(16, count - block * 16);
-        for (int k = 0; k < width; k++, to += 16)
-            for (int i = 0; i < 16; i++) to[i] = i < here ? from[(size_t)i * width + k] : 0.0f;
+        memset(from + (size_t)here * width, 0, (size_t)(16 - here) * width * sizeof(float));  // there is room for whole blocks
+        int k = 0;
+        for (; k + 8 <= width; k += 8)
+            for (int i = 0; i < 16; i += 8) turned(from + (size_t)i * width + k, width, to + (size_t)k * 16 + i, 16);
+        for (; k < width; k++)
+            for (int i = 0; i < 16; i++) to[k * 16 + i] = from[(size_t)i * width + k];
     }
 #ifdef HAVE_AMX
     if (bytes) {

@@ -109,15 +109,25 @@ class Engine {
             team_.meet();
             for (int p; (p = team_.next()) < (int)pieces_.size();) look(l, pieces_[p], pages, scratch);
             team_.meet();
-            enter(layer.out, o_.data(), s.tokens, nullptr, nullptr);
-            times(layer.out, l * 4 + 1, groups_, x_.data(), model_.width, ADD, scratch);
-            enter(layer.up, x_.data(), s.tokens, layer.between, nullptr);
-            times(layer.up, l * 4 + 2, groups_, gated_.data(), model_.inner, GATE, scratch);
-            enter(layer.down, gated_.data(), s.tokens, nullptr, nullptr);
-            times(layer.down, l * 4 + 3, groups_, x_.data(), model_.width, ADD, scratch);
+            const bool end = l + 1 == model_.layers;  // where only tokens whose logits are asked go on
+            const int32_t* chosen = end ? s.last : nullptr;
+            const int count = end ? s.rows : s.tokens;
+            if (count == 0) break;
+            const std::vector<Group>& groups = end ? last_groups_ : groups_;
+            enter(layer.out, o_.data(), count, nullptr, chosen);
+            if (end && s.rows < s.tokens) {
+                if (team_.next() == 0)  // they are in order, so that none is overwritten before it has moved
+                    for (int r = 0; r < count; r++) memmove(&x_[(size_t)r * model_.width], &x_[(size_t)s.last[r] * model_.width], model_.width * sizeof(float));
+                team_.meet();
+            }
+            times(layer.out, l * 4 + 1, groups, x_.data(), model_.width, ADD, scratch);
+            enter(layer.up, x_.data(), count, layer.between, nullptr);
+            times(layer.up, l * 4 + 2, groups, gated_.data(), model_.inner, GATE, scratch);
+            enter(layer.down, gated_.data(), count, nullptr, nullptr);
+            times(layer.down, l * 4 + 3, groups, x_.data(), model_.width, ADD, scratch);
         }
         if (s.rows > 0) {
-            enter(model_.head, x_.data(), s.rows, model_.norm, s.last);
+            enter(model_.head, x_.data(), s.rows, model_.norm, nullptr);
             times(model_.head, model_.layers * 4, last_groups_, s.logits, model_.vocabulary, PUT, scratch);
         }
 #ifdef HAVE_AMX
@@ -126,9 +136,11 @@ class Engine {
     }
 
     void embed(int id, float* to) {
-        const size_t at = (size_t)id * model_.width;
-        for (int d = 0; d < model_.width; d++)
-            to[d] = model_.embedding_kind == FLOAT32 ? ((const float*)model_.embedding)[at + d] : number(((const uint16_t*)model_.embedding)[at + d]);
+        const int width = model_.width;
+        const size_t at = (size_t)id * width;
+        if (model_.embedding_kind == FLOAT32) widen((const float*)model_.embedding + at, width, to);
+        else if (model_.embedding_kind == GROUPED) widen((const Affine*)model_.embedding + at / 32, width, to);
+        else widen((const uint16_t*)model_.embedding + at, width, to);
     }
 
     // Rows of activations for a matrix: normed where there is a norm, and of the chosen rows only where `chosen` is given.
@@ -157,7 +169,7 @@ class Engine {
                     for (; d < width; d++) normed[d] = from[d] * r * norm[d];
                     from = normed.data();
                 }
-                rows_.put(row, from, matrix.kind != FLOAT32);
+                rows_.put(row, from, !keeps_fp32(matrix.kind));
             }
             if (rows_.blocks()) rows_.pack(p);
         }

@@ -27,6 +27,7 @@ typedef int32_t ILane __attribute__((vector_size(4 * LANES), aligned(4), may_ali
 typedef uint32_t ULane __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t HLane __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int8_t BLane __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t UBLane __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 // A loop whose index is a constant in each turn, so that arrays of vectors become registers.
 #define INLINED __attribute__((always_inline))
@@ -37,7 +38,8 @@ template <int O, int R, class V> INLINED static inline void clear(V (&acc)[O][R]
     unrolled<O>([&](auto o) INLINED { unrolled<R>([&](auto r) INLINED { acc[o][r] = V{}; }); });
 }
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2 };
+// EXACT and GROUPED: bf16 numbers and groups of 32 bytes that stand for fp32 ones without a loss, and meet fp32 activations.
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, EXACT = 3, GROUPED = 4 };
 
 static inline float number(float x) { return x; }
 static inline float number(int8_t x) { return x; }
@@ -68,6 +70,15 @@ static inline Lane lane(const int8_t* p) {
     return (Lane)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
     return __builtin_convertvector(__builtin_convertvector(*(const BLane*)p, ILane), Lane);
+#endif
+}
+static inline Lane lane(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (Lane)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (Lane)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(*(const UBLane*)p, ILane), Lane);
 #endif
 }
 static inline ULane rounded(Lane x) {
