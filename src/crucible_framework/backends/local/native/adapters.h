@@ -61,12 +61,25 @@ template <class N> struct Panels {
 };
 // Rows [count][width] that are a product's outputs, or its inputs, from where `to` is on; both are filled up to multiples of 32.
 inline void as_outputs(const float* rows, int count, int width, float* to, size_t panel) {
-    for (int row = 0; row < up32(count); row++)
-        for (int k = 0; k < up32(width); k++) to[(size_t)(row / 16) * panel + (size_t)k * 16 + row % 16] = row < count && k < width ? rows[(size_t)row * width + k] : 0.0f;
+    for (int row = 0; row < up32(count); row += 8)
+        for (int k = 0; k < up32(width); k += 8) {
+            const float* from = rows + (size_t)row * width + k;
+            float* at = to + (size_t)(row / 16) * panel + (size_t)k * 16 + row % 16;
+            if (row + 8 <= count && k + 8 <= width) turned(from, width, at, 16);
+            else
+                for (int i = 0; i < 8; i++)
+                    for (int j = 0; j < 8; j++) at[j * 16 + i] = row + i < count && k + j < width ? from[(size_t)i * width + j] : 0.0f;
+        }
 }
 inline void as_inputs(const float* rows, int count, int width, float* to, size_t panel) {
     for (int row = 0; row < up32(count); row++)
-        for (int k = 0; k < up32(width); k++) to[(size_t)(k / 16) * panel + (size_t)row * 16 + k % 16] = row < count && k < width ? rows[(size_t)row * width + k] : 0.0f;
+        for (int k = 0; k < up32(width); k += 16) {
+            const float* from = rows + (size_t)row * width + k;
+            float* at = to + (size_t)(k / 16) * panel + (size_t)row * 16;
+            if (row < count && k + 16 <= width) store(at, load(from));
+            else
+                for (int j = 0; j < 16; j++) at[j] = row < count && k + j < width ? from[j] : 0.0f;
+        }
 }
 #ifdef HAVE_BF16
 // 32 numbers of a row as bf16, 0 beyond its width.
@@ -124,7 +137,7 @@ template <class N> Sums& of_thread(const Call<N>& c, std::vector<Sums>& sums, in
 }
 // The sums of all threads, added up in their order, as the gradients of the parts.
 template <class N> void gather(const Call<N>& c, const std::vector<Sums>& sums) {
-    alignas(64) float square[16][16];
+    alignas(64) float square[16][16], columns[16][16];
     for (const Part* part = c.part; part < c.part + c.parts; part++)
         for (int j = 0; j < part->ranks; j += 16) {
             const int rank = part->first + j / 32 * 32, row = j % 32, some = std::min(16, part->ranks - j);
@@ -141,9 +154,10 @@ template <class N> void gather(const Call<N>& c, const std::vector<Sums>& sums) 
                 }
             for (int n = part->low; n < part->high; n += 16) {
                 for (int i = 0; i < 16; i++) store(square[i], total(&Sums::b, (size_t)rank * c.outputs + (size_t)(n / 32) * 1024 + (row + i) * 32 + n % 32));
-                transpose(square);
+                for (int i = 0; i < 16; i += 8)
+                    for (int k = 0; k < 16; k += 8) turned(&square[i][k], 16, &columns[k][i], 16);
                 float* to = part->db + (size_t)(n - part->low) * part->ranks + j;
-                for (int i = 0; i < 16; i++) memcpy(to + (size_t)i * part->ranks, square[i], some * sizeof(float));
+                for (int i = 0; i < 16; i++) memcpy(to + (size_t)i * part->ranks, columns[i], some * sizeof(float));
             }
         }
 }

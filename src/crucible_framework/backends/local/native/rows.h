@@ -113,15 +113,23 @@ static inline void transpose(__m512i r[16]) {  // 16 x 16 numbers of 32 bits
 }
 #endif
 
-static inline void transpose(float (&square)[16][16]) {
-#if defined(__AVX512F__)
-    __m512i r[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(square[i]);
-    transpose(r);
-    for (int i = 0; i < 16; i++) _mm512_storeu_si512(square[i], r[i]);
+// 8 x 8 numbers, rows to columns.
+static inline void turned(const float* from, size_t from_row, float* to, size_t to_row) {
+#if defined(__AVX2__)
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + i * from_row);
+    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+        _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
 #else
-    for (int i = 0; i < 16; i++)
-        for (int j = 0; j < i; j++) std::swap(square[i][j], square[j][i]);
+    for (int i = 0; i < 8; i++)
+        for (int r = 0; r < 8; r++) to[r * to_row + i] = from[i * from_row + r];
 #endif
 }
 
@@ -152,26 +160,6 @@ static inline void packed(const uint32_t* from, uint32_t* to, int block, int cou
     }
 }
 #endif
-
-// 8 x 8 numbers, rows to columns.
-static inline void turned(const float* from, size_t from_row, float* to, size_t to_row) {
-#if defined(__AVX2__)
-    __m256 r[8], t[8];
-    for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(from + i * from_row);
-    for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-    for (int i = 0; i < 8; i += 4) {
-        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44), r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44), r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-        _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-    }
-#else
-    for (int i = 0; i < 8; i++)
-        for (int r = 0; r < 8; r++) to[r * to_row + i] = from[i * from_row + r];
-#endif
-}
 
 inline void Rows::pack(int block) {
     if (way == COLUMNS) {
