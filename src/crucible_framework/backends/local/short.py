@@ -92,7 +92,7 @@ class Short:
     def of(self, weight: Tensor) -> Tensor | None:
         """A matrix [out, in] of the storage, or several that touch: bf16 [out, in], or groups as bytes [out, in / 32 · 40]; None for others."""
         each, many = (1, 1) if self.numbers.dtype == torch.bfloat16 else (GROUP, GROUP_BYTES)
-        start, size = weight.storage_offset() // each * many, weight.numel() // each * many
+        start, size = int(weight.storage_offset()) // each * many, weight.numel() // each * many
         if weight.untyped_storage().data_ptr() != self.address or not weight.is_contiguous() or start + size > self.numbers.numel():
             return None
         return self.numbers[start : start + size].view(weight.shape[0], -1)

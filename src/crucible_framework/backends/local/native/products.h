@@ -321,8 +321,8 @@ static void product(const Matrix& m, int first, int second, const Rows& rows, in
 // Whether int8 weights are multiplied as such; then a matrix's outputs come in whole blocks.
 static bool by_bytes_too(const Matrix& m, Way way) { return m.kind == INT8 && way == TILES && m.inputs % 64 == 0 && m.outputs % 32 == 0; }
 
-static Way way_of(int kind, int rows, int width) {
-    const Way plain = LANES < 16 && rows > 8 ? COLUMNS : PLAIN;  // with 32 long registers nothing is gained by columns
+static Way way_of(int kind, int rows, int width, int few) {
+    const Way plain = LANES < 16 && rows > few ? COLUMNS : PLAIN;  // with 32 long registers nothing is gained by columns
     if (keeps_fp32(kind)) return plain;
 #ifdef HAVE_AMX
     if (width % 32 == 0 && allow_tiles()) return TILES;

@@ -61,6 +61,8 @@ class Engine {
         grow(o_, (size_t)t * (model_.queries * model_.size + 32));
         grow(gated_, (size_t)t * (model_.inner + 32));
         groups_.clear();
+        // What is left of a prompt whose start is known already is still read as the whole was, so that it says the same.
+        few_ = s.tokens == s.sequences ? 8 : 4;
         adapted_ = false;
         int most = 0;
         for (int g = 0, from = 0; g < s.groups; from = s.stops[g++]) {
@@ -148,7 +150,7 @@ class Engine {
         const int width = matrix.inputs;
         const int first = team_.next();
         if (first == 0) {  // the one who comes first; the others wait
-            const Way way = way_of(matrix.kind, count, width);
+            const Way way = way_of(matrix.kind, count, width, few_);
             rows_.set(way, count, width, by_bytes_too(matrix, way), adapted_);
         }
         team_.meet();
@@ -368,7 +370,7 @@ class Engine {
     Rows rows_;
     const Step* s_ = nullptr;
     bool adapted_ = false;
-    int ranks_ = 0;
+    int ranks_ = 0, few_ = 4;
     Array<float> x_, qkv_, o_, gated_, low_;
     std::vector<Group> groups_, last_groups_;
     std::vector<Piece> pieces_;
