@@ -132,7 +132,7 @@ class Decoder:
         model: a Llama-, Qwen2- or Qwen3-like model whose linear layers are `LoraLinear`s.
         head: its output layer's name.
         slot: where the active adapter stands.
-        pack: whether matrices may have copies in oneDNN's order, which take up to twice their memory.
+        pack: whether matrices may have copies in an order that products read faster, which take up to twice their memory.
         walks: how elementwise work is done.
     """
 

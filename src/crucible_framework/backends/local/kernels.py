@@ -1,7 +1,7 @@
 """The matrix steps that a decoder is made of, each with a backward pass of its own that keeps little.
 
 What frozen weights allow is used: no gradient of a weight, none below the first adapted layer, a norm or a gate is computed again
-instead of kept, and the matrices may be packed for oneDNN. Tokens stand in one dimension, [T, width]. Adapters stay fp32 and are rounded
+instead of kept, and the matrices may be packed. Tokens stand in one dimension, [T, width]. Adapters stay fp32 and are rounded
 to the dtype of the base where they are used. This file does not know attention, models, layouts or adapters' names.
 """
 
